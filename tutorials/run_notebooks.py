@@ -1,0 +1,89 @@
+"""Run the tutorial notebooks from start to end, and say how long each took.
+
+    python tutorials/run_notebooks.py             # all, with small numbers: do they still work?
+    python tutorials/run_notebooks.py --write     # all, in full, and keep the outputs
+    python tutorials/run_notebooks.py PATH ...    # only these
+
+With small numbers means that ``PYRO_EXT_SMOKE=1`` is set: a notebook reads it and draws a few
+samples instead of thousands. Each notebook then runs in a copy of its folder, so that nothing in
+the repository changes.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+TUTORIALS = Path(__file__).resolve().parent
+
+
+def execute(notebook: Path, folder: Path, timeout: float) -> nbformat.NotebookNode:
+    """Return ``notebook`` with the outputs of a run whose working directory is ``folder``."""
+    node = nbformat.read(notebook, as_version=4)
+    client = NotebookClient(
+        node,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+    )
+    return client.execute()
+
+
+def smoke(notebook: Path, timeout: float) -> None:
+    """Run ``notebook`` with small numbers, in a copy of its folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / notebook.parent.name
+        shutil.copytree(notebook.parent, folder, ignore=shutil.ignore_patterns("output", ".*"))
+        execute(notebook, folder, timeout)
+
+
+def write(notebook: Path, timeout: float) -> None:
+    """Run ``notebook`` in full, and keep its outputs in the file."""
+    nbformat.write(execute(notebook, notebook.parent, timeout), notebook)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the tutorial notebooks.")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: every notebook here")
+    parser.add_argument("--write", action="store_true", help="run in full and keep the outputs")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one cell")
+    arguments = parser.parse_args()
+
+    notebooks = [path.resolve() for path in arguments.notebooks] or sorted(
+        path
+        for path in TUTORIALS.rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in path.parts and "output" not in path.parts
+    )
+    if not notebooks:
+        print(f"no notebooks under {TUTORIALS.name}/")
+        return 0
+
+    if arguments.write:
+        os.environ.pop("PYRO_EXT_SMOKE", None)
+        run = write
+    else:
+        os.environ["PYRO_EXT_SMOKE"] = "1"
+        run = smoke
+    failed = 0
+    for notebook in notebooks:
+        name = os.path.relpath(notebook, TUTORIALS.parent)
+        start = time.perf_counter()
+        try:
+            run(notebook, arguments.timeout)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            failed += 1
+            print(f"FAILED {name} after {time.perf_counter() - start:.1f} s\n{error}", flush=True)
+        else:
+            print(f"ok     {name} in {time.perf_counter() - start:.1f} s", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
