@@ -1,0 +1,63 @@
+"""Sphinx configuration; `make docs` builds with warnings as errors."""
+
+import os
+import shutil
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+
+# -- Project -------------------------------------------------------------------------------------
+
+project = "pyro_ext"
+author = "pyro_ext contributors"
+copyright = "pyro_ext contributors"
+release = version = installed_version("pyro-ext")
+
+# -- Sources -------------------------------------------------------------------------------------
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+# Notebooks are committed with their outputs: show those.
+nb_execution_mode = "off"
+
+# Sphinx reads only below this folder, and the notebooks live with the tutorials.
+notebooks = DOCS / "tutorials" / "notebooks"
+shutil.rmtree(notebooks, ignore_errors=True)
+shutil.copytree(
+    DOCS.parent / "tutorials",
+    notebooks,
+    ignore=shutil.ignore_patterns("output", ".*", "__pycache__", "*.py"),
+)
+
+# Links into the documentation of Python, torch and Pyro need the network: they are made on request.
+if os.environ.get("PYRO_EXT_DOCS_INTERSPHINX"):
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+        "pyro": ("https://docs.pyro.ai/en/stable", None),
+    }
+
+# -- API reference -------------------------------------------------------------------------------
+
+# Docstrings are in Pyro's dialect (`:param x:`), which autodoc understands as it is.
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_preserve_defaults = True
+add_module_names = False
+python_maximum_signature_line_length = 88
+
+# -- HTML ----------------------------------------------------------------------------------------
+
+html_theme = "furo"
+html_title = f"pyro_ext {release}"
