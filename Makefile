@@ -37,7 +37,7 @@ $(CREATED):
 
 $(USE): setup.cfg constraints.txt | $(CREATED)
 	@echo "Installing PyTorch ($(TORCH)) into $(VENV) (a few minutes the first time)"
-	@$(PIP) install --quiet $(TORCH)
+	@$(PIP) install --quiet --constraint constraints.txt $(TORCH)
 	@echo "Installing pyro_ext and what its tutorials and tests need"
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[test,tutorials]'
 	@touch $@

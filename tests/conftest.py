@@ -22,7 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _root_handlers() -> list[logging.Handler]:
     # pytest swaps its own handlers between the phases of a test.
-    return [h for h in logging.getLogger().handlers if not type(h).__module__.startswith("_pytest")]
+    handlers = logging.getLogger().handlers
+    return [h for h in handlers if not type(h).__module__.startswith("_pytest")]
 
 
 def _global_state() -> dict[str, Any]:

@@ -32,6 +32,8 @@ def execute(notebook: Path, folder: Path, timeout: float) -> nbformat.NotebookNo
         timeout=timeout,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
+        # The kernel would warn, each time, that it talks to this process over a local socket.
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
     return client.execute()
 
