@@ -1,0 +1,39 @@
+"""Exceptions and warnings raised by pyro_ext at its public boundary.
+
+Mistakes in arguments are :class:`ValueError` or :class:`TypeError`; the classes here are for
+what only shows once a model runs. Inside sampling loops failure is a per-chain status, never
+an exception.
+"""
+
+__all__ = [
+    "InitializationError",
+    "ModelStructureError",
+    "PrecisionWarning",
+    "PyroExtError",
+    "SamplingWarning",
+    "VectorizationWarning",
+]
+
+
+class PyroExtError(RuntimeError):
+    """Base class of the errors that a running model can cause."""
+
+
+class ModelStructureError(PyroExtError):
+    """The sites of a model changed between two runs."""
+
+
+class InitializationError(PyroExtError):
+    """No input that reproduces the observed outputs was found."""
+
+
+class SamplingWarning(UserWarning):
+    """A run finished, but its draws deserve suspicion; the message says why."""
+
+
+class VectorizationWarning(UserWarning):
+    """A model cannot be vectorised over chains and is run once per chain instead."""
+
+
+class PrecisionWarning(UserWarning):
+    """A model runs in a precision that limits how exactly its outputs can be matched."""

@@ -1,0 +1,505 @@
+"""The MCMC kernel: constrained HMC as Pyro users type it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_sample
+from torch import Tensor
+from torch.func import vmap
+
+from ...errors import InitializationError, PrecisionWarning, SamplingWarning
+from ..vectorized import VectorizedKernel
+from .adaptation import (
+    DualAveraging,
+    RunningVariance,
+    dual_averaging_final,
+    dual_averaging_init,
+    dual_averaging_update,
+    find_reasonable_step_size,
+    input_scale,
+    running_variance_init,
+    running_variance_update,
+    window_ends,
+)
+from .assembly import build_system, default_tolerances
+from .compilation import CompiledSystem
+from .differentiability import check_dependence, check_rank
+from .initialization import InitialPoints, find_initial_points
+from .integrator import IntegratorSettings
+from .model import ConstrainedModel
+from .projection import Projector, hybrid, newton, quasi_newton
+from .records import RunRecord
+from .system import ConstrainedSystem, Point, System
+from .transitions import TransitionInfo, hmc_transition
+
+__all__ = ["ConstrainedHMC"]
+
+_PROJECTORS: dict[str, Projector] = {"quasi-newton": quasi_newton, "newton": newton}
+_JACOBIAN_MODES = ("auto", "forward", "reverse")
+
+
+class _Chains(NamedTuple):
+    """State of a run, between two draws."""
+
+    point: Point
+    residual: Tensor  # (chains,)
+    scale: Tensor  # (dim,) of the inputs
+    step_size: float
+    averaging: DualAveraging
+    variance: RunningVariance
+    iteration: int
+
+
+class ConstrainedHMC(VectorizedKernel):
+    r"""
+    Constrained Hamiltonian Monte Carlo: condition on *outputs* of a differentiable generator.
+
+    A model whose :func:`pyro.deterministic` sites are conditioned defines a manifold, the set
+    of inputs :math:`u` that reproduce the given outputs exactly, :math:`c(u) = g(u) - y = 0`. The
+    kernel samples
+
+    .. math:: \pi(u) \propto p(u)\,\bigl|J(u)J(u)^\top\bigr|^{-1/2}, \qquad J = \partial c/\partial u
+
+    on that manifold, which is the exact posterior given :math:`g(u) = y`, without a tolerance
+    and without a likelihood (Graham and Storkey 2017, eq. 4 and algorithm 1). Observed sample
+    sites stay what they are, a factor of :math:`p`. Samples come back in the model's own
+    coordinates; inside, every latent site is standardised, so that step sizes are in units of
+    prior standard deviations.
+
+    Use float64 (``torch.set_default_dtype(torch.float64)``): outputs are matched to 1e-9 then.
+    A float32 model runs with a warning and tolerances to match.
+
+    :param model: a Pyro model with at least one conditioned deterministic site, or one
+        conditioned ``pyro.sample(name, Delta(value))`` site.
+    :param float step_size: integrator step; where adaptation starts when it is adapted.
+    :param num_steps: integrator steps of a trajectory; by default as many as cover
+        ``trajectory_length``.
+    :param trajectory_length: integration time of a trajectory, default :math:`\pi/2`, a quarter
+        turn of a standard normal, after which draws are nearly uncorrelated. Ignored when
+        ``num_steps`` is given.
+    :param float jitter: every trajectory's length is multiplied by a uniform draw from
+        ``[1 - jitter, 1 + jitter]``, shared by the chains, against resonances. The step used is
+        shortened to divide the length evenly, never lengthened.
+    :param int max_num_steps: most steps of a trajectory whose length is given as time.
+    :param int num_inner_steps: geodesic steps per integrator step (:math:`N_i` in algorithm 1).
+    :param bool adapt_step_size: adapt the step size during warm-up, by dual averaging of the
+        acceptance probability over all chains.
+    :param bool adapt_mass_matrix: scale inputs by their posterior standard deviations, measured
+        during warm-up (a diagonal mass matrix).
+    :param float target_accept_prob: acceptance probability that adaptation aims at.
+    :param str projection: ``"quasi-newton"`` (one constraint evaluation per iteration) or
+        ``"newton"`` (a new Jacobian per iteration).
+    :param bool use_fallback: try MINPACK's hybrid method on chains whose projection failed,
+        after warm-up.
+    :param constraint_tol: largest residual of an output, in its own units. The default follows
+        the precision, 1e-9 in float64.
+    :param int max_projection_iters: most iterations of one projection.
+    :param init_strategy: a per-site initialisation function from
+        :mod:`pyro.infer.autoguide.initialization`; chains start at the nearest inputs
+        that reproduce the outputs. The default draws from the prior.
+    :param str jacobian_mode: ``"forward"``, ``"reverse"`` or ``"auto"``.
+    :param bool compile: record the model once and compile it to native code with
+        :func:`torch.compile`; pays off in long runs.
+    :raises ValueError: for arguments out of range, and when a run starts, if the model cannot be
+        sampled exactly; the message names the site and the cure.
+
+    **References**
+
+    Matthew M. Graham and Amos J. Storkey (2017), *Asymptotically exact inference in
+    differentiable generative models*, AISTATS, arXiv:1605.07826.
+
+    Example::
+
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        ...     pyro.deterministic("radius", x.norm())
+        >>> conditioned = pyro.condition(model, {"radius": torch.tensor(2.0)})
+        >>> mcmc = MCMC(ConstrainedHMC(conditioned), num_samples=50, warmup_steps=50,
+        ...             num_chains=4, disable_progbar=True)
+        >>> mcmc.run()
+        >>> bool((mcmc.get_samples()["x"].norm(dim=-1) - 2.0).abs().max() < 1e-8)
+        True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        step_size: float = 0.5,
+        num_steps: int | None = None,
+        trajectory_length: float | None = None,
+        jitter: float = 0.5,
+        max_num_steps: int = 100,
+        num_inner_steps: int = 1,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = False,
+        target_accept_prob: float = 0.8,
+        projection: str = "quasi-newton",
+        use_fallback: bool = True,
+        constraint_tol: float | None = None,
+        max_projection_iters: int = 50,
+        init_strategy: Callable[..., Any] = init_to_sample,
+        jacobian_mode: str = "auto",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if not callable(model):
+            raise TypeError(
+                f"model must be a function with pyro.sample sites, got {type(model).__name__}."
+            )
+        _check_positive(
+            step_size=step_size,
+            trajectory_length=trajectory_length,
+            num_steps=num_steps,
+            max_num_steps=max_num_steps,
+            num_inner_steps=num_inner_steps,
+            constraint_tol=constraint_tol,
+            max_projection_iters=max_projection_iters,
+        )
+        _check_choice("projection", projection, tuple(_PROJECTORS))
+        _check_choice("jacobian_mode", jacobian_mode, _JACOBIAN_MODES)
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {jitter}.")
+        if not 0 < target_accept_prob < 1:
+            raise ValueError(f"target_accept_prob must lie in (0, 1), got {target_accept_prob}.")
+        self.model = model
+        self.step_size = step_size
+        self.num_steps = num_steps
+        self.trajectory_length = math.pi / 2 if trajectory_length is None else trajectory_length
+        self.jitter = jitter
+        self.max_num_steps = max_num_steps
+        self.num_inner_steps = num_inner_steps
+        self.adapt_step_size = adapt_step_size
+        self.adapt_mass_matrix = adapt_mass_matrix
+        self.target_accept_prob = target_accept_prob
+        self.projection = projection
+        self.use_fallback = use_fallback
+        self.constraint_tol = constraint_tol
+        self.max_projection_iters = max_projection_iters
+        self.init_strategy = init_strategy
+        self.jacobian_mode = jacobian_mode
+        self.compile = compile
+        self._clear()
+
+    # -- the protocol of pyro.infer.mcmc ------------------------------------------------------
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """
+        Read the model, build its constrained system and put every chain on the manifold.
+
+        :param int warmup_steps: draws to adapt in.
+        """
+        preset = self._preset
+        self._clear()
+        self._preset = preset
+        self._warmup_steps = warmup_steps
+        with torch.no_grad():
+            self._start(ConstrainedModel(self.model, args, kwargs))
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        """
+        Where the chains are, in the model's own coordinates.
+
+        Set before a run, these values (of all or some latent sites) replace draws from
+        ``init_strategy``; inputs that do not reproduce the outputs are moved to the nearest that
+        do.
+        """
+        return dict(self._params)
+
+    @initial_params.setter
+    def initial_params(self, params: Mapping[str, Tensor]) -> None:
+        self._preset = dict(params)
+
+    def sample(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """
+        Draw once from every chain.
+
+        :param params: ignored; the chains' state is kept by the kernel.
+        :returns: values of the latent sites, in the model's own coordinates.
+        """
+        chains = self._chains
+        is_warmup = chains.iteration < self._warmup_steps
+        step_size, num_steps = self._trajectory(chains.step_size)
+        settings = self._settings(with_fallback=self.use_fallback and not is_warmup)
+        with torch.no_grad():
+            point, info = hmc_transition(
+                self._system, chains.scale, settings, chains.point, chains.residual,
+                step_size, num_steps,
+            )  # fmt: skip
+            chains = chains._replace(
+                point=point, residual=info.constraint_residual, iteration=chains.iteration + 1
+            )
+            self._chains = self._adapt(chains, info) if is_warmup else chains
+            self._params = self._to_params(self._chains)
+        self._show(info)
+        if not is_warmup:
+            self._record.append(info, step_size)
+        return dict(self._params)
+
+    def logging(self) -> OrderedDict[str, str]:
+        """Step size, mean acceptance probability and share of failures so far."""
+        return OrderedDict(
+            [
+                ("step size", f"{self._chains.step_size:.2e}"),
+                ("acc. prob", f"{self._mean_accept_prob:.3f}"),
+                ("failed", f"{self._mean_failures:.1%}"),
+            ]
+        )
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Per-draw statistics of a single chain; see :meth:`chain_diagnostics`."""
+        records = self.chain_diagnostics()
+        return records[0] if records else {"divergences": [], "acceptance rate": float("nan")}
+
+    def chain_diagnostics(self) -> list[dict[str, Any]]:
+        """
+        One dictionary per chain: ``acceptance rate``, indices of ``divergences``, ``failed
+        projections`` and ``non-reversible`` draws, and per draw ``accept_prob``,
+        ``is_accepted``, ``num_steps``, ``projection_iterations``, ``constraint_residual``,
+        ``status`` (:class:`~pyro_ext.infer.constrained_hmc.Status`), ``energy``, ``step_size``.
+        """
+        return self._record.per_chain()
+
+    def summary(self) -> str:
+        """One line about the run so far."""
+        return self._record.summary()
+
+    def cleanup(self) -> None:
+        """Warn of what went wrong in the run; later calls do nothing."""
+        self._preset = {}
+        if not self._is_finished:
+            self._is_finished = True
+            for message in self._record.complaints():
+                warnings.warn(message, SamplingWarning, stacklevel=2)
+
+    def required_bytes(self, num_samples: int) -> int:
+        """Least memory that a run needs once it is set up: draws, Jacobians and their factors."""
+        structure = self._model.structure
+        num_chains = len(self._chains.residual)
+        matrix = structure.dim * structure.num_constraints
+        gram = structure.num_constraints**2
+        values = num_chains * (num_samples * structure.dim + 6 * matrix + 2 * gram)
+        return values * torch.finfo(structure.dtype).bits // 8
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the settings and the model, not the state of a run."""
+        clean = type(self).__new__(type(self))
+        clean.__dict__.update(self.__dict__)
+        clean._clear()
+        clean._preset = self._preset
+        return clean.__dict__
+
+    # -- one run ------------------------------------------------------------------------------
+
+    def _clear(self) -> None:
+        self._preset: dict[str, Tensor] = {}
+        self._params: dict[str, Tensor] = {}
+        self._record = RunRecord()
+        self._warmup_steps = 0
+        self._mean_accept_prob = self._mean_failures = 0.0
+        self._num_shown = 0
+        self._is_finished = False
+        self.__dict__.pop("_chains", None)
+        self.__dict__.pop("_system", None)
+        self.__dict__.pop("_model", None)
+
+    def _start(self, model: ConstrainedModel) -> None:
+        structure = model.structure
+        if structure.dtype != torch.float64:
+            warnings.warn(
+                f"The model runs in {structure.dtype}, so that outputs are matched only to about "
+                f"{torch.finfo(structure.dtype).eps**0.575:.0e} and ill-conditioned models "
+                "fail. Use float64: torch.set_default_dtype(torch.float64) before the model runs.",
+                PrecisionWarning,
+                stacklevel=4,
+            )
+        system = build_system(model, self.jacobian_mode)
+        self._model = model
+        self._tolerances = default_tolerances(
+            model, self.constraint_tol, self.max_projection_iters
+        )
+        num_chains = self.num_chains or 1
+        one = torch.ones(structure.dim, dtype=structure.dtype, device=structure.device)
+        position = self._initial_positions(system, num_chains, one)
+        self._system: System = CompiledSystem(system, num_chains) if self.compile else system
+        residual = system.constraint(position, one).abs().amax(-1)
+        self._chains = _Chains(
+            point=self._system.point(position, one),
+            residual=residual,
+            scale=one,
+            step_size=self.step_size,
+            averaging=dual_averaging_init(self.step_size),
+            variance=running_variance_init(structure.dim, position),
+            iteration=0,
+        )
+        if self.adapt_step_size and self._warmup_steps > 0:
+            self._chains = self._restart_step_size(self._chains)
+        self._params = self._to_params(self._chains)
+
+    def _initial_positions(
+        self, system: ConstrainedSystem, num_chains: int, one: Tensor
+    ) -> Tensor:
+        preset = self._preset_per_chain(num_chains)
+
+        def draw(number: int) -> Tensor:
+            rows = [
+                self._model.inputs(preset[i] if number == num_chains else {}, self.init_strategy)
+                for i in range(number)
+            ]
+            return torch.stack(rows)
+
+        def constraint(position: Tensor) -> Tensor:
+            return system.constraint(position, one)
+
+        def jacobian_matrix(position: Tensor) -> Tensor:
+            return system.jacobian_matrix(position, one)
+
+        structure = self._model.structure
+        prior = torch.stack([self._model.inputs({}, init_to_sample) for _ in range(4)])
+        check_dependence(
+            structure, jacobian_matrix(prior), constraint(prior), at_draws="prior draws"
+        )
+        points = find_initial_points(
+            constraint, jacobian_matrix, draw, num_chains, self._tolerances
+        )
+        if not points.is_found.any():
+            raise InitializationError(self._no_start_message(points))
+        found = points.position[points.is_found]
+        check_rank(structure, jacobian_matrix(found[:4]))
+        return self._fill_lost(points)
+
+    def _fill_lost(self, points: InitialPoints) -> Tensor:
+        """Start chains without a point of their own from those of other chains."""
+        lost = (~points.is_found).nonzero().squeeze(-1)
+        if len(lost) == 0:
+            return points.position
+        warnings.warn(
+            f"Chains {lost.tolist()} found no inputs of their own that reproduce the conditioned "
+            "outputs, and start from those of other chains.",
+            SamplingWarning,
+            stacklevel=6,
+        )
+        found = points.is_found.nonzero().squeeze(-1)
+        source = found[torch.arange(len(lost), device=found.device) % len(found)]
+        return points.position.index_copy(0, lost, points.position[source])
+
+    def _no_start_message(self, points: InitialPoints) -> str:
+        residual = points.residual.abs().nan_to_num(torch.inf)
+        best = residual[residual.amax(-1).argmin()]
+        worst = int(best.argmax())
+        name = self._model.structure.constraint_name(worst)
+        return (
+            f"No inputs that reproduce the conditioned outputs were found from {len(residual)} "
+            f"chains' prior draws: at the best of them {name!r} is off by {float(best[worst]):.3g}. "
+            "Check that the observed value can be produced by the model at all; start closer by "
+            "initial_params or init_strategy=init_to_value(values={...})."
+        )
+
+    def _preset_per_chain(self, num_chains: int) -> list[dict[str, Tensor]]:
+        if self.num_chains is None:
+            return [self._preset]
+        for name, value in self._preset.items():
+            if value.shape[:1] != (num_chains,):
+                raise ValueError(
+                    f"initial_params[{name!r}] has shape {tuple(value.shape)}; with {num_chains} "
+                    f"chains its first dimension must be {num_chains}."
+                )
+        return [{k: v[i] for k, v in self._preset.items()} for i in range(num_chains)]
+
+    def _trajectory(self, step_size: float) -> tuple[float, int]:
+        """Step size and number of steps of the next trajectory, with jitter."""
+        length = self.trajectory_length if self.num_steps is None else self.num_steps * step_size
+        most = self.max_num_steps if self.num_steps is None else 2 * self.num_steps
+        length *= 1 + self.jitter * (2 * float(torch.rand(())) - 1)
+        # one step less where the last would be shorter than rounding
+        num_steps = min(max(1, math.ceil(length / step_size - 1e-9)), most)
+        return min(length / num_steps, step_size), num_steps
+
+    def _settings(self, *, with_fallback: bool) -> IntegratorSettings:
+        return IntegratorSettings(
+            projector=_PROJECTORS[self.projection],
+            fallback=hybrid if with_fallback else None,
+            tolerances=self._tolerances,
+            num_inner_steps=self.num_inner_steps,
+        )
+
+    def _restart_step_size(self, chains: _Chains) -> _Chains:
+        settings = self._settings(with_fallback=False)
+
+        def accept_prob(step_size: float) -> float:
+            _, info = hmc_transition(
+                self._system, chains.scale, settings, chains.point, chains.residual, step_size, 1
+            )
+            return float(info.accept_prob.mean())
+
+        step_size = find_reasonable_step_size(
+            accept_prob, chains.step_size, self.target_accept_prob
+        )
+        return chains._replace(step_size=step_size, averaging=dual_averaging_init(step_size))
+
+    def _adapt(self, chains: _Chains, info: TransitionInfo) -> _Chains:
+        is_last = chains.iteration == self._warmup_steps
+        if self.adapt_step_size:
+            averaging = dual_averaging_update(
+                chains.averaging, float(info.accept_prob.mean()), self.target_accept_prob
+            )
+            final = dual_averaging_final(averaging)
+            step_size = final if is_last else math.exp(averaging.log_step_size)
+            chains = chains._replace(averaging=averaging, step_size=step_size)
+        return self._adapt_scale(chains) if self.adapt_mass_matrix else chains
+
+    def _adapt_scale(self, chains: _Chains) -> _Chains:
+        ends = window_ends(self._warmup_steps)
+        if not ends or not ends[0] <= chains.iteration <= ends[-1]:
+            return chains
+        inputs = chains.point.position * chains.scale
+        variance = running_variance_update(chains.variance, inputs)
+        chains = chains._replace(variance=variance)
+        if chains.iteration not in ends[1:]:
+            return chains
+        scale = input_scale(variance)
+        chains = chains._replace(
+            point=self._system.point(inputs / scale, scale),
+            scale=scale,
+            variance=running_variance_init(len(scale), scale),
+        )
+        return self._restart_step_size(chains) if self.adapt_step_size else chains
+
+    def _to_params(self, chains: _Chains) -> dict[str, Tensor]:
+        inputs = chains.point.position * chains.scale
+        if self.num_chains is None:
+            return self._model.values(inputs[0])
+        if isinstance(self._system, ConstrainedSystem) and not self._system.is_vectorized:
+            rows = [self._model.values(row) for row in inputs]
+            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        values: dict[str, Tensor] = vmap(self._model.values)(inputs)
+        return values
+
+    def _show(self, info: TransitionInfo) -> None:
+        """Running means for the progress bar, started anew after warm-up."""
+        if self._chains.iteration in (1, self._warmup_steps + 1):
+            self._num_shown = 0
+        self._num_shown += 1
+        weight = 1 / self._num_shown
+        accept_prob = float(info.accept_prob.mean())
+        failures = float((info.status != 0).double().mean())
+        self._mean_accept_prob += weight * (accept_prob - self._mean_accept_prob)
+        self._mean_failures += weight * (failures - self._mean_failures)
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")

@@ -1,0 +1,1 @@
+"""Tensor code without Pyro: what the engines compute with."""
