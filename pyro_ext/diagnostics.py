@@ -52,7 +52,7 @@ def to_arviz(mcmc: Any, *, deterministics: bool = True) -> Any:
     posterior = dict(samples)
     if deterministics:
         posterior.update(deterministic_values(model, samples, *args, **kwargs))
-    groups = {
+    groups: dict[str, Any] = {
         "posterior": {name: _numpy(value) for name, value in posterior.items()},
         "sample_stats": _sample_stats(mcmc, next(iter(samples.values())).shape[:2]),
         "observed_data": _observed_data(model, args, kwargs),
@@ -109,7 +109,7 @@ def _deterministic_names(
     model: Callable[..., Any], latents: Mapping[str, Tensor], args: Any, kwargs: Any
 ) -> frozenset[str]:
     with poutine.block(), pyro.validation_enabled(False):
-        trace = poutine.trace(poutine.condition(model, latents)).get_trace(*args, **kwargs)
+        trace = poutine.trace(poutine.condition(model, dict(latents))).get_trace(*args, **kwargs)
     return frozenset(
         name
         for name, node in trace.nodes.items()

@@ -165,16 +165,16 @@ class MCMC:
 
     def diagnostics(self) -> dict[str, Any]:
         """
-        Effective sample size and split R-hat of every site, and the kernel's own statistics as
-        ``{name: {"chain 0": ..., ...}}``.
+        Effective sample size and split R-hat of every site, and the kernel's own statistics.
+
+        :returns: ``{site: {"n_eff": ..., "r_hat": ...}}`` and, for every statistic of the kernel,
+            ``{name: {"chain 0": ..., ...}}``.
         """
         samples = self._drawn()
         enough = all(value.shape[1] >= _DRAWS_FOR_DIAGNOSTICS for value in samples.values())
         result: dict[str, Any] = dict(sample_diagnostics(samples)) if enough else {}
         for name in self._diagnostics[0] if self._diagnostics else ():
-            result[name] = {
-                f"chain {i}": chain[name] for i, chain in enumerate(self._diagnostics)
-            }
+            result[name] = {f"chain {i}": chain[name] for i, chain in enumerate(self._diagnostics)}
         return result
 
     def summary(self, prob: float = 0.9) -> None:
@@ -295,7 +295,7 @@ class MCMC:
         )
         stock.run(*args, **kwargs)
         self._samples = stock.get_samples(group_by_chain=True)
-        self._diagnostics = list(stock._diagnostics)
+        self._diagnostics = [dict(chain or {}) for chain in stock._diagnostics]
 
 
 def _with_chain_axis(

@@ -110,7 +110,10 @@ def _unwrap_independent(fn: Any) -> Any:
 def _standard(family: Any, name: str) -> Any:
     """The member of a location-scale family with location 0 and scale 1."""
     parameters = set(family.arg_constraints)
-    if not {"loc", "scale"} <= parameters or family.support is not torch.distributions.constraints.real:
+    if (
+        not {"loc", "scale"} <= parameters
+        or family.support is not torch.distributions.constraints.real
+    ):
         raise ValueError(
             f"Site {name!r} has distribution {type(family).__name__}, which is not a "
             "location-scale family on the real line (Normal, StudentT, Laplace, ...) and cannot "

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 __all__ = [
@@ -34,12 +33,14 @@ class DualAveraging(NamedTuple):
     log_step_size_average: float
     error_average: float
     shrinkage_point: float
-    count: int
+    num_updates: int
 
 
 def dual_averaging_init(step_size: float) -> DualAveraging:
     """Start at ``step_size``, shrinking towards ten times it, as Stan and Pyro do."""
-    return DualAveraging(math.log(step_size), math.log(step_size), 0.0, math.log(10 * step_size), 0)
+    return DualAveraging(
+        math.log(step_size), math.log(step_size), 0.0, math.log(10 * step_size), 0
+    )
 
 
 def dual_averaging_update(
@@ -61,7 +62,7 @@ def dual_averaging_update(
     :param float t0: stabilises early iterations.
     :param float kappa: how fast early iterations are forgotten, in (0.5, 1].
     """
-    count = state.count + 1
+    count = state.num_updates + 1
     weight = 1.0 / (count + t0)
     error = (1 - weight) * state.error_average + weight * (target - accept_prob)
     log_step = state.shrinkage_point - math.sqrt(count) / gamma * error
@@ -108,7 +109,7 @@ class RunningVariance(NamedTuple):
 
     mean: Tensor  # (dim,)
     sum_squares: Tensor  # (dim,)
-    count: int
+    num_inputs: int
 
 
 def running_variance_init(dim: int, like: Tensor) -> RunningVariance:
@@ -118,11 +119,11 @@ def running_variance_init(dim: int, like: Tensor) -> RunningVariance:
 
 def running_variance_update(state: RunningVariance, inputs: Tensor) -> RunningVariance:
     """Merge a batch of inputs, shape ``(chains, dim)``."""
-    count = state.count + len(inputs)
+    count = state.num_inputs + len(inputs)
     batch_mean = inputs.mean(0)
     shift = batch_mean - state.mean
     within = (inputs - batch_mean).square().sum(0)
-    between = shift.square() * (state.count * len(inputs) / count)
+    between = shift.square() * (state.num_inputs * len(inputs) / count)
     return RunningVariance(
         state.mean + shift * (len(inputs) / count), state.sum_squares + within + between, count
     )
@@ -134,7 +135,7 @@ def input_scale(state: RunningVariance) -> Tensor:
 
     :returns: shape ``(dim,)``.
     """
-    count = state.count
+    count = state.num_inputs
     variance = state.sum_squares / max(count - 1, 1)
     return ((count * variance + 5.0) / (count + 5.0)).sqrt()
 

@@ -33,9 +33,7 @@ def build_system(model: ConstrainedModel, jacobian_mode: str = "auto") -> Constr
         a warning that says why.
     """
     # two starts, so that batching is exercised
-    inputs = torch.randn(
-        2, model.dim, dtype=model.structure.dtype, device=model.structure.device
-    )
+    inputs = torch.randn(2, model.dim, dtype=model.structure.dtype, device=model.structure.device)
     reason = _why_not_vectorized(model.constraint, inputs)
     reason = reason or _why_not_vectorized(model.potential, inputs)
     if reason is not None:
@@ -101,5 +99,3 @@ def default_tolerances(
         reverse=10 * position,
         max_iters=max_projection_iters,
     )
-
-

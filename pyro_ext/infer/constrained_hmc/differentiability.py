@@ -11,7 +11,7 @@ __all__ = ["check_dependence", "check_rank"]
 
 
 def check_dependence(
-    structure: ModelStructure, matrices: Tensor, outputs: Tensor, *, at_draws: str
+    structure: ModelStructure, matrices: Tensor, outputs: Tensor, *, at: str
 ) -> None:
     """
     Refuse outputs whose derivative by every input is zero at every point tried.
@@ -19,7 +19,7 @@ def check_dependence(
     :param structure: the model's structure, for the names of sites.
     :param Tensor matrices: Jacobians at several points, ``(points, num_constraints, dim)``.
     :param Tensor outputs: residuals at the same points, ``(points, num_constraints)``.
-    :param str at_draws: what the points are, for the message.
+    :param str at: what the points are, for the message.
     :raises ValueError: naming the outputs.
     """
     is_flat = (matrices == 0).all(-1).all(0)
@@ -39,7 +39,7 @@ def check_dependence(
     more = f" (and {count - 1} more conditioned elements)" if count > 1 else ""
     raise ValueError(
         f"Output {name!r}{more} is conditioned on, but its derivative by every latent site is "
-        f"zero at {len(matrices)} {at_draws}: {cause}."
+        f"zero at {len(matrices)} {at}: {cause}."
     )
 
 

@@ -94,7 +94,9 @@ def find_initial_points(
 
 
 def _replace(points: InitialPoints, index: Tensor, new: InitialPoints) -> InitialPoints:
-    return InitialPoints(*(old.index_copy(0, index, n) for old, n in zip(points, new, strict=True)))
+    return InitialPoints(
+        *(old.index_copy(0, index, n) for old, n in zip(points, new, strict=True))
+    )
 
 
 def _search(

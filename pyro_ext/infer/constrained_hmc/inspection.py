@@ -174,24 +174,29 @@ def _prior_trace(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[poutine.Trace, set[str]]:
     """One run with Pyro's validation on; prior draws that fail it are drawn again."""
-    for attempt in range(_MAX_TRIES):
-        spy = _ConditionSpy()
+    for _ in range(_MAX_TRIES - 1):
         try:
-            with pyro.validation_enabled(True), torch.no_grad(), spy:
-                traced = poutine.trace(InitMessenger(init_to_sample)(model))
-                return traced.get_trace(*args, **kwargs), spy.keys
+            return _traced(model, args, kwargs)
         except ValueError:
-            if attempt == _MAX_TRIES - 1:
-                raise
-    raise AssertionError("unreachable")
+            continue
+    return _traced(model, args, kwargs)
 
 
-def _sample_nodes(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
+def _traced(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[poutine.Trace, set[str]]:
+    spy = _ConditionSpy()
+    with pyro.validation_enabled(True), torch.no_grad(), spy:
+        trace = poutine.trace(InitMessenger(init_to_sample)(model)).get_trace(*args, **kwargs)
+    return trace, spy.keys
+
+
+def _sample_nodes(trace: poutine.Trace) -> dict[str, Any]:
     return {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
 
 
-def delta(fn: Any) -> Any | None:
-    """The point mass inside masks and events, if a distribution is one."""
+def delta(fn: Any) -> Any:
+    """The point mass inside masks and events, if a distribution is one, else ``None``."""
     while isinstance(fn, dist.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
     return fn if isinstance(fn, dist.Delta) else None
@@ -199,7 +204,8 @@ def delta(fn: Any) -> Any | None:
 
 def _split_delta_sites(trace: poutine.Trace) -> tuple[frozenset[str], list[str]]:
     """Names of the deterministic sites that were computed, and of those that were given."""
-    computed, given = [], []
+    computed: list[str] = []
+    given: list[str] = []
     for name, node in _sample_nodes(trace).items():
         point = None if is_subsample(node) else delta(node["fn"])
         if point is not None:
@@ -209,8 +215,11 @@ def _split_delta_sites(trace: poutine.Trace) -> tuple[frozenset[str], list[str]]
 
 
 def shares_storage(a: Any, b: Any) -> bool:
-    """Whether two values are views of one tensor: a deterministic site that is not conditioned
-    has the very value it computed."""
+    """
+    Whether two values are views of one tensor.
+
+    A deterministic site that is not conditioned has the very value it computed.
+    """
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
@@ -384,11 +393,12 @@ def _num_leading(fn: Any, computed: Tensor, observed: Tensor) -> int:
 def _latent_sites(plain: poutine.Trace, enumerated: poutine.Trace) -> tuple[LatentSite, ...]:
     sites: list[LatentSite] = []
     start = 0
+    enumerated_nodes = _sample_nodes(enumerated)
     for name, node in _sample_nodes(plain).items():
         if not _is_random(node) or not _continuous(node):
             continue
         fn = node["fn"]
-        through_support = enumerated.nodes[name]["fn"].shape() != fn.shape()
+        through_support = enumerated_nodes[name]["fn"].shape() != fn.shape()
         calibration = None if through_support else calibrate(fn)
         if through_support:
             shape = biject_to(fn.support).inv(node["value"]).shape
@@ -396,9 +406,7 @@ def _latent_sites(plain: poutine.Trace, enumerated: poutine.Trace) -> tuple[Late
             shape = pull(fn, node["value"], calibration).shape
         stop = start + shape.numel()
         is_scaled = _is_scaled(node)
-        sites.append(
-            LatentSite(name, start, stop, shape, calibration, is_scaled, through_support)
-        )
+        sites.append(LatentSite(name, start, stop, shape, calibration, is_scaled, through_support))
         start = stop
     if not sites:
         raise ValueError(

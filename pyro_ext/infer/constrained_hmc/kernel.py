@@ -13,7 +13,7 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 from torch.func import vmap
 
-from ...errors import InitializationError, PrecisionWarning, SamplingWarning
+from ...errors import PrecisionWarning, SamplingWarning
 from ..vectorized import VectorizedKernel
 from .adaptation import (
     DualAveraging,
@@ -29,12 +29,12 @@ from .adaptation import (
 )
 from .assembly import build_system, default_tolerances
 from .compilation import CompiledSystem
-from .differentiability import check_dependence, check_rank
-from .initialization import InitialPoints, find_initial_points
 from .integrator import IntegratorSettings
 from .model import ConstrainedModel
-from .projection import Projector, hybrid, newton, quasi_newton
+from .projection import Projector, Tolerances, hybrid, newton, quasi_newton
 from .records import RunRecord
+from .start import initial_positions, values_per_chain
+from .status import Status
 from .system import ConstrainedSystem, Point, System
 from .transitions import TransitionInfo, hmc_transition
 
@@ -64,7 +64,10 @@ class ConstrainedHMC(VectorizedKernel):
     of inputs :math:`u` that reproduce the given outputs exactly, :math:`c(u) = g(u) - y = 0`. The
     kernel samples
 
-    .. math:: \pi(u) \propto p(u)\,\bigl|J(u)J(u)^\top\bigr|^{-1/2}, \qquad J = \partial c/\partial u
+    .. math::
+
+        \pi(u) \propto p(u)\,\bigl|J(u)J(u)^\top\bigr|^{-1/2},
+        \qquad J = \partial c/\partial u
 
     on that manifold, which is the exact posterior given :math:`g(u) = y`, without a tolerance
     and without a likelihood (Graham and Storkey 2017, eq. 4 and algorithm 1). Observed sample
@@ -126,6 +129,20 @@ class ConstrainedHMC(VectorizedKernel):
         >>> bool((mcmc.get_samples()["x"].norm(dim=-1) - 2.0).abs().max() < 1e-8)
         True
     """
+
+    # state of a run, set by setup()
+    _model: ConstrainedModel
+    _system: System
+    _tolerances: Tolerances
+    _chains: _Chains
+    _record: RunRecord
+    _preset: dict[str, Tensor]
+    _params: dict[str, Tensor]
+    _warmup_steps: int
+    _num_shown: int
+    _mean_accept_prob: float
+    _mean_failures: float
+    _is_finished: bool
 
     def __init__(
         self,
@@ -260,6 +277,8 @@ class ConstrainedHMC(VectorizedKernel):
 
     def chain_diagnostics(self) -> list[dict[str, Any]]:
         """
+        Statistics of every chain.
+
         One dictionary per chain: ``acceptance rate``, indices of ``divergences``, ``failed
         projections`` and ``non-reversible`` draws, and per draw ``accept_prob``,
         ``is_accepted``, ``num_steps``, ``projection_iterations``, ``constraint_residual``,
@@ -299,23 +318,21 @@ class ConstrainedHMC(VectorizedKernel):
     # -- one run ------------------------------------------------------------------------------
 
     def _clear(self) -> None:
-        self._preset: dict[str, Tensor] = {}
-        self._params: dict[str, Tensor] = {}
+        """Forget everything about earlier runs."""
+        self._preset, self._params = {}, {}
         self._record = RunRecord()
-        self._warmup_steps = 0
+        self._warmup_steps = self._num_shown = 0
         self._mean_accept_prob = self._mean_failures = 0.0
-        self._num_shown = 0
         self._is_finished = False
-        self.__dict__.pop("_chains", None)
-        self.__dict__.pop("_system", None)
-        self.__dict__.pop("_model", None)
+        for name in ("_model", "_system", "_chains"):
+            self.__dict__.pop(name, None)
 
     def _start(self, model: ConstrainedModel) -> None:
         structure = model.structure
         if structure.dtype != torch.float64:
             warnings.warn(
                 f"The model runs in {structure.dtype}, so that outputs are matched only to about "
-                f"{torch.finfo(structure.dtype).eps**0.575:.0e} and ill-conditioned models "
+                f"{torch.finfo(structure.dtype).eps ** 0.575:.0e} and ill-conditioned models "
                 "fail. Use float64: torch.set_default_dtype(torch.float64) before the model runs.",
                 PrecisionWarning,
                 stacklevel=4,
@@ -325,10 +342,10 @@ class ConstrainedHMC(VectorizedKernel):
         self._tolerances = default_tolerances(
             model, self.constraint_tol, self.max_projection_iters
         )
-        num_chains = self.num_chains or 1
+        values = values_per_chain(self._preset, self.num_chains)
         one = torch.ones(structure.dim, dtype=structure.dtype, device=structure.device)
-        position = self._initial_positions(system, num_chains, one)
-        self._system: System = CompiledSystem(system, num_chains) if self.compile else system
+        position = initial_positions(model, system, self._tolerances, self.init_strategy, values)
+        self._system = CompiledSystem(system, len(position)) if self.compile else system
         residual = system.constraint(position, one).abs().amax(-1)
         self._chains = _Chains(
             point=self._system.point(position, one),
@@ -342,76 +359,6 @@ class ConstrainedHMC(VectorizedKernel):
         if self.adapt_step_size and self._warmup_steps > 0:
             self._chains = self._restart_step_size(self._chains)
         self._params = self._to_params(self._chains)
-
-    def _initial_positions(
-        self, system: ConstrainedSystem, num_chains: int, one: Tensor
-    ) -> Tensor:
-        preset = self._preset_per_chain(num_chains)
-
-        def draw(number: int) -> Tensor:
-            rows = [
-                self._model.inputs(preset[i] if number == num_chains else {}, self.init_strategy)
-                for i in range(number)
-            ]
-            return torch.stack(rows)
-
-        def constraint(position: Tensor) -> Tensor:
-            return system.constraint(position, one)
-
-        def jacobian_matrix(position: Tensor) -> Tensor:
-            return system.jacobian_matrix(position, one)
-
-        structure = self._model.structure
-        prior = torch.stack([self._model.inputs({}, init_to_sample) for _ in range(4)])
-        check_dependence(
-            structure, jacobian_matrix(prior), constraint(prior), at_draws="prior draws"
-        )
-        points = find_initial_points(
-            constraint, jacobian_matrix, draw, num_chains, self._tolerances
-        )
-        if not points.is_found.any():
-            raise InitializationError(self._no_start_message(points))
-        found = points.position[points.is_found]
-        check_rank(structure, jacobian_matrix(found[:4]))
-        return self._fill_lost(points)
-
-    def _fill_lost(self, points: InitialPoints) -> Tensor:
-        """Start chains without a point of their own from those of other chains."""
-        lost = (~points.is_found).nonzero().squeeze(-1)
-        if len(lost) == 0:
-            return points.position
-        warnings.warn(
-            f"Chains {lost.tolist()} found no inputs of their own that reproduce the conditioned "
-            "outputs, and start from those of other chains.",
-            SamplingWarning,
-            stacklevel=6,
-        )
-        found = points.is_found.nonzero().squeeze(-1)
-        source = found[torch.arange(len(lost), device=found.device) % len(found)]
-        return points.position.index_copy(0, lost, points.position[source])
-
-    def _no_start_message(self, points: InitialPoints) -> str:
-        residual = points.residual.abs().nan_to_num(torch.inf)
-        best = residual[residual.amax(-1).argmin()]
-        worst = int(best.argmax())
-        name = self._model.structure.constraint_name(worst)
-        return (
-            f"No inputs that reproduce the conditioned outputs were found from {len(residual)} "
-            f"chains' prior draws: at the best of them {name!r} is off by {float(best[worst]):.3g}. "
-            "Check that the observed value can be produced by the model at all; start closer by "
-            "initial_params or init_strategy=init_to_value(values={...})."
-        )
-
-    def _preset_per_chain(self, num_chains: int) -> list[dict[str, Tensor]]:
-        if self.num_chains is None:
-            return [self._preset]
-        for name, value in self._preset.items():
-            if value.shape[:1] != (num_chains,):
-                raise ValueError(
-                    f"initial_params[{name!r}] has shape {tuple(value.shape)}; with {num_chains} "
-                    f"chains its first dimension must be {num_chains}."
-                )
-        return [{k: v[i] for k, v in self._preset.items()} for i in range(num_chains)]
 
     def _trajectory(self, step_size: float) -> tuple[float, int]:
         """Step size and number of steps of the next trajectory, with jitter."""
@@ -437,7 +384,7 @@ class ConstrainedHMC(VectorizedKernel):
             _, info = hmc_transition(
                 self._system, chains.scale, settings, chains.point, chains.residual, step_size, 1
             )
-            return float(info.accept_prob.mean())
+            return _adaptation_statistic(info)
 
         step_size = find_reasonable_step_size(
             accept_prob, chains.step_size, self.target_accept_prob
@@ -448,7 +395,7 @@ class ConstrainedHMC(VectorizedKernel):
         is_last = chains.iteration == self._warmup_steps
         if self.adapt_step_size:
             averaging = dual_averaging_update(
-                chains.averaging, float(info.accept_prob.mean()), self.target_accept_prob
+                chains.averaging, _adaptation_statistic(info), self.target_accept_prob
             )
             final = dual_averaging_final(averaging)
             step_size = final if is_last else math.exp(averaging.log_step_size)
@@ -489,9 +436,20 @@ class ConstrainedHMC(VectorizedKernel):
         self._num_shown += 1
         weight = 1 / self._num_shown
         accept_prob = float(info.accept_prob.mean())
-        failures = float((info.status != 0).double().mean())
+        failures = float((info.status != Status.CONVERGED).double().mean())
         self._mean_accept_prob += weight * (accept_prob - self._mean_accept_prob)
         self._mean_failures += weight * (failures - self._mean_failures)
+
+
+def _adaptation_statistic(info: TransitionInfo) -> float:
+    """
+    Mean acceptance probability, in which a failed trajectory counts as four rejections.
+
+    On a target whose energy hardly changes (the uniform one on a sphere) the step size would
+    otherwise grow until failed projections alone bring the acceptance down to its target.
+    """
+    failed = (info.status != Status.CONVERGED).to(info.accept_prob)
+    return float((info.accept_prob - 3 * failed).mean())
 
 
 def _check_positive(**values: float | None) -> None:

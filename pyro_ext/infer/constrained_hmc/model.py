@@ -42,8 +42,7 @@ class ModelRun(NamedTuple):
 
 class ConstrainedModel:
     r"""
-    A Pyro model seen as a generator: inputs :math:`u`, constraint :math:`c(u)`, density
-    :math:`p(u)`.
+    A Pyro model seen as a generator with a constraint :math:`c(u)` and a density :math:`p(u)`.
 
     The flat vector ``u`` holds every latent site in standardised coordinates; the constraint
     :math:`c(u) = g(u) - y` collects the conditioned deterministic sites, in the order in which

@@ -20,8 +20,8 @@ from .structure import DenseJacobian
 __all__ = [
     "BatchFunction",
     "Projection",
-    "Tolerances",
     "Projector",
+    "Tolerances",
     "hybrid",
     "newton",
     "quasi_newton",
@@ -172,20 +172,22 @@ def _hybrid_single(
     matrix: Tensor,
     tolerances: Tolerances,
 ) -> tuple[Tensor, int]:
-    # multipliers in units of each row's length, which evens out the scales MINPACK sees
-    rows = matrix / matrix.norm(dim=-1, keepdim=True)
+    # residuals and multipliers in units of distance in input space: MINPACK's trust region
+    # stalls when either is many orders of magnitude from one
+    lengths = matrix.norm(dim=-1)
+    rows = matrix / lengths.unsqueeze(-1)
 
     def position(multipliers: np.ndarray) -> Tensor:
-        return start - torch.as_tensor(multipliers, dtype=start.dtype, device=start.device) @ rows
+        return start - torch.as_tensor(multipliers).to(start) @ rows
 
     def residual(multipliers: np.ndarray) -> np.ndarray:
-        value = constraint(position(multipliers).unsqueeze(0))[0] / tolerances.constraint
-        return np.nan_to_num(value.double().cpu().numpy(), nan=1e300, posinf=1e300, neginf=-1e300)
+        value = constraint(position(multipliers).unsqueeze(0))[0] / lengths
+        return np.nan_to_num(value.double().cpu().numpy(), nan=1e150, posinf=1e150, neginf=-1e150)
 
     def derivative(multipliers: np.ndarray) -> np.ndarray:
         full = -jacobian_matrix(position(multipliers).unsqueeze(0))[0] @ rows.mT
-        scaled = (full / tolerances.constraint.unsqueeze(-1)).double().cpu().numpy()
-        return np.nan_to_num(scaled, nan=0.0, posinf=1e300, neginf=-1e300)
+        scaled = (full / lengths.unsqueeze(-1)).double().cpu().numpy()
+        return np.nan_to_num(scaled, nan=0.0, posinf=1e150, neginf=-1e150)
 
     solution = scipy.optimize.root(
         residual,

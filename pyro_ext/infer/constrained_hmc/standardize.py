@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-__all__ = ["Calibration", "calibrate", "is_continuous", "is_standard_normal", "pull", "push", "unmasked"]
+__all__ = [
+    "Calibration",
+    "calibrate",
+    "is_continuous",
+    "is_standard_normal",
+    "pull",
+    "push",
+    "unmasked",
+]
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # Families on the real line that are loc + scale * (a standard member of the family).
@@ -24,8 +32,11 @@ _WRAPPERS = (dist.Independent, dist.MaskedDistribution)
 
 
 class Calibration(NamedTuple):
-    """Location and scale of a site's unconstrained coordinates, for families without a
-    closed-form standardisation; both have the shape of the site's input."""
+    """
+    Location and scale of a site's unconstrained coordinates under its prior.
+
+    For families without a closed-form standardisation; both have the shape of the site's input.
+    """
 
     loc: Tensor
     scale: Tensor
@@ -175,5 +186,3 @@ def is_continuous(fn: Any) -> bool:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return not support.is_discrete
-
-

@@ -107,10 +107,10 @@ class ConstrainedSystem:
         differentiating its factorisation.
         """
         inputs = position * scale
-        matrix, pullback = vjp(self._jacobian, inputs)
+        matrix, pullback = vjp(self._jacobian, inputs)[:2]
         jacobian = factorize(matrix * scale)
         (log_det_gradient,) = pullback(jacobian.dual * scale)
-        potential, potential_pullback = vjp(self._potential, inputs)
+        potential, potential_pullback = vjp(self._potential, inputs)[:2]
         (potential_gradient,) = potential_pullback(torch.ones_like(potential))
         return Point(
             position=position,

@@ -67,7 +67,9 @@ def hmc_transition(
             break
     change = total_energy(*state) - start_energy
     is_divergent = ~(change.abs() <= _DIVERGENCE_THRESHOLD)
-    status = torch.where(is_divergent & (status == 0), int(Status.DIVERGENT), status)
+    status = torch.where(
+        is_divergent & (status == Status.CONVERGED), int(Status.DIVERGENT), status
+    )
     accept_prob = (-change).exp().clamp(max=1.0)
     accept_prob = torch.where(status == Status.CONVERGED, accept_prob, 0.0)
     is_accepted = torch.rand_like(accept_prob) < accept_prob

@@ -1,0 +1,118 @@
+"""Put every chain of a model on the manifold, or say why that is impossible."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_sample
+from torch import Tensor
+
+from ...errors import InitializationError, SamplingWarning
+from .differentiability import check_dependence, check_rank
+from .initialization import InitialPoints, find_initial_points
+from .model import ConstrainedModel
+from .projection import Tolerances
+from .system import ConstrainedSystem
+
+__all__ = ["initial_positions", "values_per_chain"]
+
+_PRIOR_DRAWS = 4
+_RANK_CHECKS = 4
+
+
+def initial_positions(
+    model: ConstrainedModel,
+    system: ConstrainedSystem,
+    tolerances: Tolerances,
+    init_strategy: Callable[..., Any],
+    values: Sequence[Mapping[str, Tensor]],
+) -> Tensor:
+    """
+    Find inputs that reproduce the conditioned outputs, for every chain.
+
+    :param model: the conditioned model.
+    :param system: its constrained system.
+    :param tolerances: when an output counts as reproduced.
+    :param init_strategy: where a chain starts before it is moved onto the manifold.
+    :param values: per chain, initial values of some latent sites that take its place.
+    :returns: positions, ``(chains, dim)``. Chains that find none of their own start from those
+        of others, with a warning.
+    :raises ValueError: if outputs do not depend on the inputs, or depend on each other.
+    :raises ~pyro_ext.errors.InitializationError: if no chain finds any.
+    """
+    structure = model.structure
+    one = torch.ones(structure.dim, dtype=structure.dtype, device=structure.device)
+
+    def constraint(position: Tensor) -> Tensor:
+        return system.constraint(position, one)
+
+    def jacobian_matrix(position: Tensor) -> Tensor:
+        return system.jacobian_matrix(position, one)
+
+    def draw(number: int) -> Tensor:
+        # given values are used in the first try; chains that they fail are drawn anew
+        given = values if number == len(values) else [{}] * number
+        return torch.stack([model.inputs(chain, init_strategy) for chain in given])
+
+    prior = torch.stack([model.inputs({}, init_to_sample) for _ in range(_PRIOR_DRAWS)])
+    check_dependence(structure, jacobian_matrix(prior), constraint(prior), at="prior draws")
+    points = find_initial_points(constraint, jacobian_matrix, draw, len(values), tolerances)
+    if not points.is_found.any():
+        raise InitializationError(_no_start_message(model, points))
+    found = points.position[points.is_found]
+    check_rank(structure, jacobian_matrix(found[:_RANK_CHECKS]))
+    return _fill_lost(points)
+
+
+def values_per_chain(
+    values: Mapping[str, Tensor], num_chains: int | None
+) -> list[dict[str, Tensor]]:
+    """
+    Split initial values by chain.
+
+    :param values: values by site, with a leading chain dimension unless ``num_chains`` is
+        ``None``.
+    :param num_chains: number of chains, or ``None`` for one chain without a chain dimension.
+    :raises ValueError: naming the site whose first dimension is not the number of chains.
+    """
+    if num_chains is None:
+        return [dict(values)]
+    for name, value in values.items():
+        if value.shape[:1] != (num_chains,):
+            raise ValueError(
+                f"initial_params[{name!r}] has shape {tuple(value.shape)}; with {num_chains} "
+                f"chains its first dimension must be {num_chains}."
+            )
+    return [{name: value[i] for name, value in values.items()} for i in range(num_chains)]
+
+
+def _fill_lost(points: InitialPoints) -> Tensor:
+    """Start chains without a point of their own from those of other chains."""
+    lost = (~points.is_found).nonzero().squeeze(-1)
+    if len(lost) == 0:
+        return points.position
+    warnings.warn(
+        f"Chains {lost.tolist()} found no inputs of their own that reproduce the conditioned "
+        "outputs, and start from those of other chains.",
+        SamplingWarning,
+        stacklevel=2,
+    )
+    found = points.is_found.nonzero().squeeze(-1)
+    source = found[torch.arange(len(lost), device=found.device) % len(found)]
+    return points.position.index_copy(0, lost, points.position[source])
+
+
+def _no_start_message(model: ConstrainedModel, points: InitialPoints) -> str:
+    residual = points.residual.abs().nan_to_num(torch.inf)
+    best = residual[residual.amax(-1).argmin()]
+    worst = int(best.argmax())
+    name = model.structure.constraint_name(worst)
+    return (
+        "No inputs that reproduce the conditioned outputs were found from the prior draws of "
+        f"{len(residual)} chain(s): at the best of them {name!r} is off by "
+        f"{float(best[worst]):.3g}. Check that the observed value can be produced by the model "
+        "at all; start closer by initial_params or init_strategy=init_to_value(values={...})."
+    )
