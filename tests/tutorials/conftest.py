@@ -1,0 +1,39 @@
+"""Tutorials are no package: their modules are loaded from files, under names of their own."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
+
+
+def load_module(tutorial: str, name: str) -> ModuleType:
+    full_name = f"_tutorial_{tutorial}_{name}"
+    if full_name not in sys.modules:
+        path = TUTORIALS / tutorial / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(full_name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[full_name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[full_name]
+
+
+@pytest.fixture(scope="session")
+def simulator() -> ModuleType:
+    return load_module("lotka_volterra", "simulator")
+
+
+@pytest.fixture(scope="session")
+def abc_baselines() -> ModuleType:
+    return load_module("lotka_volterra", "abc_baselines")
+
+
+@pytest.fixture(scope="session")
+def figures() -> ModuleType:
+    pytest.importorskip("matplotlib")
+    return load_module("lotka_volterra", "figures")
