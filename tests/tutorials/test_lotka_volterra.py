@@ -11,9 +11,10 @@ import pyro
 import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.ops.stats import effective_sample_size
 from scipy.stats import truncnorm
 from torch import Tensor
+
+from tests.statistics import assert_mean, assert_moments
 
 # Another implementation's sums on a 1601 x 1601 grid over the same data.
 EXPECTED = {
@@ -246,14 +247,13 @@ def weighted_sum(z: Tensor, noise: Tensor) -> Tensor:
 
 
 def toy_moments() -> tuple[Tensor, Tensor]:
-    """First and second moments of the two parameters."""
+    """Mean and covariance of the two parameters."""
     variance = (Z_WEIGHTS.square().sum() + NOISE_WEIGHTS.square().sum()).item()
     sd = math.sqrt(variance)
     total = truncnorm((TARGET - RADIUS) / sd, (TARGET + RADIUS) / sd, scale=sd)
     gain = Z_WEIGHTS / variance
-    mean = gain * total.mean()
-    second = mean.square() + 1 - gain * Z_WEIGHTS + gain.square() * total.var()
-    return mean, second
+    given_sum = torch.eye(2) - torch.outer(gain, Z_WEIGHTS)
+    return gain * total.mean(), given_sum + torch.outer(gain, gain) * total.var()
 
 
 def toy_start(num_chains: int) -> tuple[Tensor, Tensor]:
@@ -278,27 +278,13 @@ def run_sampler(abc: ModuleType, name: str, **changes: Any) -> Any:
 SAMPLERS = ["rejection", "random_walk", "elliptical_slice"]
 
 
-def assert_mean(draws: Tensor, expected: Tensor, min_ess: float) -> None:
-    """|error| < 5 MCSE for draws of shape (num_chains, num_draws, size)."""
-    if len(draws) == 1:
-        ess = torch.tensor(float(draws.shape[1]))
-    else:
-        ess = effective_sample_size(draws, chain_dim=0, sample_dim=1)
-    assert ess.min() >= min_ess, f"too few effective draws: {ess}"
-    flat = draws.flatten(0, 1)
-    mcse = flat.std(0) / ess.sqrt()
-    error = (flat.mean(0) - expected) / mcse
-    assert error.abs().max() < 5, f"errors in Monte Carlo standard errors: {error}"
-
-
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_sampler_has_the_moments_of_a_conditioned_gaussian(
     abc_baselines: ModuleType, name: str
 ) -> None:
     samples = run_sampler(abc_baselines, name)
-    mean, second = toy_moments()
-    assert_mean(samples.theta, mean, min_ess=800)
-    assert_mean(samples.theta.square(), second, min_ess=800)
+    mean, covariance = toy_moments()
+    assert_moments(samples.theta, mean, covariance=covariance, min_ess=800, name="theta")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -329,7 +315,8 @@ def test_overflowing_simulations_are_outside_the_ball(
         arguments["step_size"] = 1.5
     samples = getattr(abc_baselines, name)(half_line, torch.zeros(1), 1.0, **arguments)
     assert (samples.theta <= 0).all()
-    assert_mean(samples.theta, torch.tensor([-math.sqrt(2 / math.pi)]), min_ess=1000)
+    half_normal_mean = -math.sqrt(2 / math.pi)
+    assert_mean(samples.theta[..., 0], half_normal_mean, min_ess=1000, name="theta")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
