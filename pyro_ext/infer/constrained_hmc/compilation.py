@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -72,9 +74,20 @@ def _compile(function: BatchedFunction, position: Tensor, scale: Tensor) -> Batc
 
     graph = make_fx(flat)(position, scale)
     compiled = torch.compile(graph, dynamic=False)
+    with _validation_kept():
+        compiled(position, scale)
 
     def call(position: Tensor, scale: Tensor) -> Any:
         return tree_unflatten(list(compiled(position, scale)), spec)
 
-    call(position, scale)
     return call
+
+
+@contextmanager
+def _validation_kept() -> Iterator[None]:
+    """``torch.compile`` switches the validation of distributions off; switch it back."""
+    is_enabled = Distribution._validate_args
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(is_enabled)

@@ -30,7 +30,9 @@ from .projection import BatchFunction, Tolerances
 __all__ = ["InitialPoints", "find_initial_points"]
 
 _MAX_JACOBIANS = 150
-_STAGE_STEPS = 10
+_STAGE_STEPS = 8  # of a stage that can still be made smaller
+_PATIENT_STEPS = 40  # of a stage that cannot
+_SMALL_STAGE = 3  # constraints by which the smallest stages grow
 _LONGEST_STEP = 2.0  # largest change of any input in one step, in standard deviations
 _HALVINGS = 6
 _STAGE_DISTANCE = 1e-2  # an intermediate stage is done at this distance from its solution
@@ -133,7 +135,9 @@ def _search_step(
     is_found = search.is_found | (is_all & is_met)
     is_stage_done = ~is_all & (delta.abs().amax(-1) <= _STAGE_DISTANCE) & rows.any(-1)
     position, is_moved = _line_search(constraint, search.position, residual, delta, rows, norms)
-    is_stuck = ~is_stage_done & (~is_moved | (search.steps >= _STAGE_STEPS) | ~rows.any(-1))
+    is_small = rows.sum(-1) - search.solved <= _SMALL_STAGE
+    patience = torch.where(is_small, _PATIENT_STEPS, _STAGE_STEPS)
+    is_stuck = ~is_stage_done & (~is_moved | (search.steps >= patience) | ~rows.any(-1))
     return _next_stage(search, rows.sum(-1), position, is_found, is_stage_done, is_stuck)
 
 
@@ -230,11 +234,11 @@ def _least_squares(
 
     def residual(u: np.ndarray) -> np.ndarray:
         value = constraint(torch.as_tensor(u).to(start).unsqueeze(0))[0]
-        return np.nan_to_num(value.double().cpu().numpy(), nan=1e150, posinf=1e150, neginf=-1e150)
+        return np.nan_to_num(value.double().cpu().numpy(), nan=1e100, posinf=1e100, neginf=-1e100)
 
     def derivative(u: np.ndarray) -> np.ndarray:
         matrix = jacobian_matrix(torch.as_tensor(u).to(start).unsqueeze(0))[0]
-        return np.nan_to_num(matrix.double().cpu().numpy(), nan=0.0, posinf=1e150, neginf=-1e150)
+        return np.nan_to_num(matrix.double().cpu().numpy(), nan=0.0, posinf=1e100, neginf=-1e100)
 
     solutions = [
         scipy.optimize.least_squares(

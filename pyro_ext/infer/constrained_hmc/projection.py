@@ -182,12 +182,12 @@ def _hybrid_single(
 
     def residual(multipliers: np.ndarray) -> np.ndarray:
         value = constraint(position(multipliers).unsqueeze(0))[0] / lengths
-        return np.nan_to_num(value.double().cpu().numpy(), nan=1e150, posinf=1e150, neginf=-1e150)
+        return np.nan_to_num(value.double().cpu().numpy(), nan=1e100, posinf=1e100, neginf=-1e100)
 
     def derivative(multipliers: np.ndarray) -> np.ndarray:
         full = -jacobian_matrix(position(multipliers).unsqueeze(0))[0] @ rows.mT
         scaled = (full / lengths.unsqueeze(-1)).double().cpu().numpy()
-        return np.nan_to_num(scaled, nan=0.0, posinf=1e150, neginf=-1e150)
+        return np.nan_to_num(scaled, nan=0.0, posinf=1e100, neginf=-1e100)
 
     solution = scipy.optimize.root(
         residual,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
+import torch.distributions as td
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
@@ -26,9 +27,11 @@ __all__ = [
 ]
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+# The classes of torch, from which Pyro's derive: families built by transforms hold torch's.
 # Families on the real line that are loc + scale * (a standard member of the family).
-_LOCATION_SCALE = (dist.Cauchy, dist.Gumbel, dist.Laplace, dist.StudentT)
-_WRAPPERS = (dist.Independent, dist.MaskedDistribution)
+_LOCATION_SCALE = (td.Cauchy, td.Gumbel, td.Laplace, td.StudentT)
+_NORMALIZED = (td.Normal, td.MultivariateNormal, td.Uniform, td.Exponential)
+_WRAPPERS = (td.Independent, dist.MaskedDistribution)
 
 
 class Calibration(NamedTuple):
@@ -61,20 +64,21 @@ def push(fn: Any, u: Tensor, calibration: Calibration | None = None) -> tuple[Te
     :returns: the value, and the log density of ``u`` summed over all its elements (a scalar).
     """
     fn = unmasked(fn)
-    if isinstance(fn, torch.distributions.TransformedDistribution):
+    if _is_transformed(fn):
         value, log_density = push(fn.base_dist, u, calibration)
         for transform in fn.transforms:
             value = transform(value)
         return value, log_density
-    if isinstance(fn, dist.Normal):
+    if isinstance(fn, td.Normal):
         return fn.loc + fn.scale * u, _standard_normal(u)
-    if isinstance(fn, dist.MultivariateNormal):
+    if isinstance(fn, td.MultivariateNormal):
         shift = (fn._unbroadcasted_scale_tril @ u.unsqueeze(-1)).squeeze(-1)
         return fn.loc + shift, _standard_normal(u)
-    if isinstance(fn, dist.Uniform):
-        # the normal CDF, accurate in both tails
-        return fn.low + (fn.high - fn.low) * torch.special.ndtr(u), _standard_normal(u)
-    if isinstance(fn, dist.Exponential):
+    if isinstance(fn, td.Uniform):
+        # the normal CDF; torch.special.ndtr has no correct digits below -8
+        share = 0.5 * torch.special.erfc(-math.sqrt(0.5) * u)
+        return fn.low + (fn.high - fn.low) * share, _standard_normal(u)
+    if isinstance(fn, td.Exponential):
         # -log of the normal survival function is a unit exponential
         return -torch.special.log_ndtr(-u) / fn.rate, _standard_normal(u)
     if isinstance(fn, _LOCATION_SCALE):
@@ -95,19 +99,19 @@ def pull(fn: Any, value: Tensor, calibration: Calibration | None = None) -> Tens
         dimensions than the value (a simplex, say).
     """
     fn = unmasked(fn)
-    if isinstance(fn, torch.distributions.TransformedDistribution):
+    if _is_transformed(fn):
         for transform in reversed(fn.transforms):
             value = transform.inv(value)
         return pull(fn.base_dist, value, calibration)
-    if isinstance(fn, dist.MultivariateNormal):
+    if isinstance(fn, td.MultivariateNormal):
         centred = (value - fn.loc).unsqueeze(-1)
         scale_tril = fn._unbroadcasted_scale_tril
         return torch.linalg.solve_triangular(scale_tril, centred, upper=False).squeeze(-1)
-    if isinstance(fn, dist.Uniform):
+    if isinstance(fn, td.Uniform):
         return torch.special.ndtri((value - fn.low) / (fn.high - fn.low))
-    if isinstance(fn, dist.Exponential):
+    if isinstance(fn, td.Exponential):
         return _inverse_log_survival(fn.rate * value)
-    if isinstance(fn, (dist.Normal, *_LOCATION_SCALE)):
+    if isinstance(fn, (td.Normal, *_LOCATION_SCALE)):
         return (value - fn.loc) / fn.scale
     unconstrained = biject_to(fn.support).inv(value)
     if calibration is None:
@@ -118,9 +122,9 @@ def pull(fn: Any, value: Tensor, calibration: Calibration | None = None) -> Tens
 def is_standard_normal(fn: Any) -> bool:
     """Whether the input of this distribution is exactly standard normal."""
     fn = unmasked(fn)
-    if isinstance(fn, torch.distributions.TransformedDistribution):
+    if _is_transformed(fn):
         return is_standard_normal(fn.base_dist)
-    return isinstance(fn, (dist.Normal, dist.MultivariateNormal, dist.Uniform, dist.Exponential))
+    return isinstance(fn, _NORMALIZED)
 
 
 def calibrate(fn: Any, num_draws: int = 256) -> Calibration | None:
@@ -132,7 +136,7 @@ def calibrate(fn: Any, num_draws: int = 256) -> Calibration | None:
     :returns: ``None`` where :func:`push` has a closed form and needs no measurement.
     """
     fn = unmasked(fn)
-    while isinstance(fn, torch.distributions.TransformedDistribution):
+    while _is_transformed(fn):
         fn = unmasked(fn.base_dist)
     if is_standard_normal(fn) or isinstance(fn, _LOCATION_SCALE):
         return None
@@ -163,6 +167,14 @@ def unmasked(fn: Any) -> Any:
     while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
     return fn
+
+
+def _is_transformed(fn: Any) -> bool:
+    """Whether to follow a distribution's transforms; torch writes a Gumbel's as one of a uniform,
+    which loses the digits of its upper tail.
+    """
+    is_transformed = isinstance(fn, td.TransformedDistribution)
+    return is_transformed and not isinstance(fn, _LOCATION_SCALE)
 
 
 def _standard_normal(u: Tensor) -> Tensor:

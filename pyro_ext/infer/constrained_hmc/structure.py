@@ -31,11 +31,12 @@ class DenseJacobian(NamedTuple):
 
     def apply(self, vector: Tensor) -> Tensor:
         """:math:`Jv` for ``(chains, dim)`` vectors."""
-        return (self.matrix @ vector.unsqueeze(-1)).squeeze(-1)
+        # a row vector on the left takes BLAS's fast path for a batch, a column on the right not
+        return (vector.unsqueeze(-2) @ self.matrix.mT).squeeze(-2)
 
     def minimum_norm(self, residual: Tensor) -> Tensor:
         r"""The shortest :math:`v` with :math:`Jv = c`, for ``(chains, num_constraints)``."""
-        return (self.dual.mT @ residual.unsqueeze(-1)).squeeze(-1)
+        return (residual.unsqueeze(-2) @ self.dual).squeeze(-2)
 
 
 def factorize(matrix: Tensor) -> DenseJacobian:
