@@ -170,9 +170,8 @@ def unmasked(fn: Any) -> Any:
 
 
 def _is_transformed(fn: Any) -> bool:
-    """Whether to follow a distribution's transforms; torch writes a Gumbel's as one of a uniform,
-    which loses the digits of its upper tail.
-    """
+    """Whether to follow a distribution's transforms."""
+    # torch writes a Gumbel as a transformed uniform, which loses the digits of its upper tail
     is_transformed = isinstance(fn, td.TransformedDistribution)
     return is_transformed and not isinstance(fn, _LOCATION_SCALE)
 
