@@ -11,8 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
-from pyro.infer.enum import config_enumerate
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample, init_to_value
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ...errors import ModelStructureError
+from .enumeration import enumerate_discrete
 from .standardize import Calibration, calibrate, is_continuous, is_standard_normal, pull
 
 __all__ = [
@@ -300,10 +300,11 @@ def _enumerated_trace(
                 f"{type(nodes[name]['fn']).__name__}, which cannot be enumerated. Replace it by "
                 "a continuous approximation or by a distribution with finite support."
             )
-    enumerated = poutine.enum(config_enumerate(model), first_available_dim=-1 - nesting)
+    # continuous sites keep their values: drawn anew, they would follow the enumerated ones
+    values = {n: node["value"] for n, node in nodes.items() if _is_random(node)}
+    replayed = InitMessenger(init_to_value(values=values))(enumerate_discrete(model, nesting))
     with torch.no_grad():
-        trace = poutine.trace(InitMessenger(init_to_sample)(enumerated)).get_trace(*args, **kwargs)
-    return trace, nesting
+        return poutine.trace(replayed).get_trace(*args, **kwargs), nesting
 
 
 def _is_random(node: Mapping[str, Any]) -> bool:

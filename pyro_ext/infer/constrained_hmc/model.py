@@ -11,13 +11,12 @@ import pyro.poutine as poutine
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.infer.enum import config_enumerate
-from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
 from ...errors import ModelStructureError
+from .enumeration import EnumeratedDensity, enumerate_discrete
 from .inspection import (
     LatentSite,
     ModelStructure,
@@ -65,7 +64,9 @@ class ConstrainedModel:
             self.structure: ModelStructure = inspect_model(model, args, self._kwargs)
         self._latents = {site.name: site for site in self.structure.latents}
         self._constraints = {site.name: site for site in self.structure.constraints}
-        self._evaluator = self._make_evaluator() if self.structure.has_discrete else None
+        self._enumerated_density = (
+            self._read_enumeration() if self.structure.has_discrete else None
+        )
 
     @property
     def dim(self) -> int:
@@ -129,7 +130,7 @@ class ConstrainedModel:
     def _run(self, u: Tensor, *, density: bool) -> ModelRun:
         recorder = _PushMessenger(self, u, density=density)
         with _quiet(), recorder:
-            if self._evaluator is None:
+            if self._enumerated_density is None:
                 self._model(*self._args, **self._kwargs)
                 log_density = recorder.log_density
             else:
@@ -137,7 +138,7 @@ class ConstrainedModel:
                 trace = enumerated.get_trace(*self._args, **self._kwargs)
                 log_density = recorder.log_density
                 if density:
-                    log_density = log_density + self._evaluator.log_prob(trace)
+                    log_density = log_density + self._enumerated_density.log_prob(trace)
         recorder.check_complete()
         constraint = torch.cat(
             [
@@ -150,15 +151,14 @@ class ConstrainedModel:
     def _enumerated(self, model: Callable[..., Any]) -> Callable[..., Any]:
         if not self.structure.has_discrete:
             return model
-        first = -1 - self.structure.max_plate_nesting
-        return poutine.enum(config_enumerate(model), first_available_dim=first)
+        return enumerate_discrete(model, self.structure.max_plate_nesting)
 
-    def _make_evaluator(self) -> TraceEinsumEvaluator:
+    def _read_enumeration(self) -> EnumeratedDensity:
         with _quiet(), torch.no_grad():
             trace = poutine.trace(self._enumerated(self._model)).get_trace(
                 *self._args, **self._kwargs
             )
-        return TraceEinsumEvaluator(trace, True, self.structure.max_plate_nesting)
+        return EnumeratedDensity(trace, self.structure.max_plate_nesting)
 
 
 class _PushMessenger(Messenger):
@@ -186,6 +186,8 @@ class _PushMessenger(Messenger):
             self.values[site.name] = value
             if self._density:
                 self.log_density = self.log_density + log_density
+        elif msg["name"] in self._constraints:
+            msg["mask"] = False  # a constraint and not a factor of the enumerated density
         elif is_latent(msg):
             raise ModelStructureError(
                 f"Latent site {msg['name']!r} did not exist when the model was first run. "
@@ -228,14 +230,29 @@ class _PullMessenger(Messenger):
         site = self._latents.get(msg["name"])
         if site is None:
             return
+        fn = msg["fn"]
         if site.name in self._values:
             msg["value"] = self._values[site.name]
+            _check_given(site, fn, msg["value"])
         msg["done"] = True
-        fn = msg["fn"]
         if site.through_support:
             self.inputs[site.name] = biject_to(fn.support).inv(msg["value"])
         else:
             self.inputs[site.name] = pull(fn, msg["value"], site.calibration)
+
+
+def _check_given(site: LatentSite, fn: Any, value: Tensor) -> None:
+    """Refuse an initial value that the site cannot take."""
+    if not site.through_support and value.shape != fn.shape():
+        raise ValueError(
+            f"The initial value of site {site.name!r} has shape {tuple(value.shape)}; the site "
+            f"has shape {tuple(fn.shape())}."
+        )
+    if not fn.support.check(value).all():
+        raise ValueError(
+            f"The initial value of site {site.name!r} lies outside the support "
+            f"({fn.support}) of its distribution {type(unmasked(fn)).__name__}."
+        )
 
 
 def _push_site(site: LatentSite, msg: Any, u: Tensor, enumerated: bool) -> tuple[Tensor, Tensor]:
