@@ -290,7 +290,7 @@ def our_step_seconds(num_steps: int, chains: int, repeats: int) -> float:
     y = simulator.observed_data(seed=1238, num_steps=num_steps)
     conditioned = pyro.condition(long_model(num_steps), {"x": y})
     model = ConstrainedModel(conditioned, (), {})
-    system = build_system(model)
+    system = build_system(model, chains)
     scale = torch.ones(model.dim)
     settings = IntegratorSettings(
         quasi_newton, None, default_tolerances(model, TOLERANCE, 50), num_inner_steps=1

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ...errors import VectorizationWarning
 from .model import ConstrainedModel
 from .projection import Tolerances
 from .system import ConstrainedSystem
 
-__all__ = ["build_system", "default_tolerances"]
+__all__ = ["build_system", "can_try_forward", "default_tolerances"]
 
-# Forward mode costs a product per input, reverse mode one per constraint. In eager PyTorch a
-# reverse product is several times dearer (the backward of an indexing operation fills a whole
-# tensor with zeros), so forward mode wins until there are many more inputs than constraints.
-_FORWARD_RATIO = 4
+# Forward mode takes a product per input, reverse mode one per constraint. Beyond this many inputs
+# per constraint forward mode cannot win, and trying it could exhaust memory.
+_MOST_INPUTS_PER_CONSTRAINT = 4
+_ELEMENTS_PER_CALL = 10_000  # elements computed in the time that calling an operation takes
 
 
-def build_system(model: ConstrainedModel, jacobian_mode: str = "auto") -> ConstrainedSystem:
+def build_system(
+    model: ConstrainedModel, num_chains: int, jacobian_mode: str = "auto"
+) -> ConstrainedSystem:
     """
     Batch a model's functions over chains.
 
     :param model: the conditioned model.
-    :param str jacobian_mode: ``"forward"``, ``"reverse"``, or ``"auto"``, which takes forward mode
-        unless there are more than four times as many inputs as constraints.
+    :param int num_chains: chains that the system will run.
+    :param str jacobian_mode: ``"forward"``, ``"reverse"``, or ``"auto"``: whichever computes less,
+        by the operations and elements counted in one evaluation (a count and not a time, so that
+        the same seed gives the same draws).
     :returns: the system. Where the model cannot run under ``vmap`` it is run once per chain, with
         a warning that says why.
     """
-    # two starts, so that batching is exercised
+    # two inputs, so that batching is exercised
     inputs = torch.randn(2, model.dim, dtype=model.structure.dtype, device=model.structure.device)
     reason = _why_not_vectorized(model.constraint, inputs)
     reason = reason or _why_not_vectorized(model.potential, inputs)
@@ -44,14 +52,51 @@ def build_system(model: ConstrainedModel, jacobian_mode: str = "auto") -> Constr
             VectorizationWarning,
             stacklevel=4,
         )
-    forward = jacobian_mode == "forward" or (
-        jacobian_mode == "auto" and model.dim <= _FORWARD_RATIO * model.num_constraints
-    )
-    if forward and reason is None and not _differentiates_forward(model, inputs):
-        forward = False
-    return ConstrainedSystem(
-        model.constraint, model.potential, vectorized=reason is None, forward=forward
-    )
+        return ConstrainedSystem(
+            model.constraint, model.potential, vectorized=False, forward=False
+        )
+    reverse = ConstrainedSystem(model.constraint, model.potential, forward=False)
+    if jacobian_mode == "reverse" or (
+        jacobian_mode == "auto" and model.dim > _MOST_INPUTS_PER_CONSTRAINT * model.num_constraints
+    ):
+        return reverse
+    forward = ConstrainedSystem(model.constraint, model.potential, forward=True)
+    if jacobian_mode == "forward":
+        return forward
+    costs = [_cost(system, inputs, num_chains) for system in (forward, reverse)]
+    return forward if costs[0] < costs[1] else reverse
+
+
+def can_try_forward(model: ConstrainedModel) -> bool:
+    """Whether there are few enough inputs per constraint for forward-mode differentiation."""
+    return model.dim <= _MOST_INPUTS_PER_CONSTRAINT * model.num_constraints
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Counts tensor operations and the elements they compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        if not func.is_view:
+            leaves = tree_leaves(result)
+            self.elements += sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+def _cost(system: ConstrainedSystem, inputs: Tensor, num_chains: int) -> float:
+    """Cost of one evaluation for all chains, in elements; infinite if it cannot be done."""
+    try:
+        with _OperationCounter() as counter:
+            system.point(inputs, torch.ones_like(inputs[0]))
+    except (RuntimeError, NotImplementedError):  # an operation without a forward derivative
+        return math.inf
+    return counter.calls * _ELEMENTS_PER_CALL + counter.elements * num_chains / len(inputs)
 
 
 def _why_not_vectorized(function: Callable[[Tensor], Tensor], inputs: Tensor) -> str | None:
@@ -62,16 +107,6 @@ def _why_not_vectorized(function: Callable[[Tensor], Tensor], inputs: Tensor) ->
         function(inputs[0])  # an error of the model's own is the user's to see
         return str(error).strip().split("\n")[0].split(". ")[0] + "."
     return None
-
-
-def _differentiates_forward(model: ConstrainedModel, inputs: Tensor) -> bool:
-    """Whether every operation of the model has a forward derivative."""
-    system = ConstrainedSystem(model.constraint, model.potential, forward=True)
-    try:
-        system.point(inputs, torch.ones_like(inputs[0]))
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
 
 
 def default_tolerances(

@@ -106,7 +106,8 @@ class ConstrainedHMC(VectorizedKernel):
     :param init_strategy: a per-site initialisation function from
         :mod:`pyro.infer.autoguide.initialization`; chains start at the nearest inputs
         that reproduce the outputs. The default draws from the prior.
-    :param str jacobian_mode: ``"forward"``, ``"reverse"`` or ``"auto"``.
+    :param str jacobian_mode: differentiate outputs in ``"forward"`` or ``"reverse"`` mode;
+        ``"auto"`` takes the one that computes less.
     :param bool compile: record the model once and compile it to native code with
         :func:`torch.compile`; pays off in long runs.
     :raises ValueError: for arguments out of range, and when a run starts, if the model cannot be
@@ -337,7 +338,7 @@ class ConstrainedHMC(VectorizedKernel):
                 PrecisionWarning,
                 stacklevel=4,
             )
-        system = build_system(model, self.jacobian_mode)
+        system = build_system(model, self.num_chains or 1, self.jacobian_mode)
         self._model = model
         self._tolerances = default_tolerances(
             model, self.constraint_tol, self.max_projection_iters
@@ -447,9 +448,10 @@ def _adaptation_statistic(info: TransitionInfo) -> float:
 
     On a target whose energy hardly changes (the uniform one on a sphere) the step size would
     otherwise grow until failed projections alone bring the acceptance down to its target.
+    Never below zero: one step that is too long must not shrink the next by orders of magnitude.
     """
     failed = (info.status != Status.CONVERGED).to(info.accept_prob)
-    return float((info.accept_prob - 3 * failed).mean())
+    return max(0.0, float((info.accept_prob - 3 * failed).mean()))
 
 
 def _check_positive(**values: float | None) -> None:

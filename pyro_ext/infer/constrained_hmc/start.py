@@ -11,6 +11,7 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from ...errors import InitializationError, SamplingWarning
+from .assembly import can_try_forward
 from .differentiability import check_dependence, check_rank
 from .initialization import InitialPoints, find_initial_points
 from .model import ConstrainedModel
@@ -49,8 +50,10 @@ def initial_positions(
     def constraint(position: Tensor) -> Tensor:
         return system.constraint(position, one)
 
+    searcher = _searcher(model, system)
+
     def jacobian_matrix(position: Tensor) -> Tensor:
-        return system.jacobian_matrix(position, one)
+        return searcher.jacobian_matrix(position, one)
 
     def draw(number: int) -> Tensor:
         # given values are used in the first try; chains that they fail are drawn anew
@@ -65,6 +68,24 @@ def initial_positions(
     found = points.position[points.is_found]
     check_rank(structure, jacobian_matrix(found[:_RANK_CHECKS]))
     return _fill_lost(points)
+
+
+def _searcher(model: ConstrainedModel, system: ConstrainedSystem) -> ConstrainedSystem:
+    """
+    The system to search with: one that differentiates forwards, where there is one.
+
+    Where some outputs overflow, reverse mode multiplies their infinite derivatives by zero and
+    spoils the rows of all outputs; forward mode leaves the rows of finite outputs finite.
+    """
+    if not system.is_vectorized or not can_try_forward(model):
+        return system
+    forward = ConstrainedSystem(model.constraint, model.potential, forward=True)
+    inputs = torch.zeros(1, model.dim, dtype=model.structure.dtype, device=model.structure.device)
+    try:
+        forward.jacobian_matrix(inputs, torch.ones_like(inputs[0]))
+    except (RuntimeError, NotImplementedError):  # an operation without a forward derivative
+        return system
+    return forward
 
 
 def values_per_chain(

@@ -30,7 +30,7 @@ CONDITIONED = pyro.condition(model, {"x": torch.tensor([2.0, 0.3], dtype=torch.f
 
 @pytest.fixture
 def system() -> ConstrainedSystem:
-    return build_system(ConstrainedModel(CONDITIONED, (), {}))
+    return build_system(ConstrainedModel(CONDITIONED, (), {}), CHAINS)
 
 
 @pytest.mark.slow
