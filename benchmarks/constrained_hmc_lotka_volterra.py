@@ -95,9 +95,7 @@ def run_ours(seed: int, chains: int, warmup: int, draws: int, **settings: object
         marks[f"{stage} {i}"] = (time.perf_counter(), time.process_time())
 
     start = (time.perf_counter(), time.process_time())
-    mcmc = MCMC(
-        kernel, draws, warmup, num_chains=chains, hook_fn=hook, disable_progbar=True
-    )
+    mcmc = MCMC(kernel, draws, warmup, num_chains=chains, hook_fn=hook, disable_progbar=True)
     mcmc.run()
     stats = kernel.chain_diagnostics()
     first, last = marks["Warmup 0"], marks[f"Warmup {warmup - 1}"]

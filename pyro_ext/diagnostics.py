@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.func import vmap
 
-from .infer.constrained_hmc.inspection import delta, is_subsample, shares_storage
+from .poutine.sites import is_computed, is_subsample
 
 __all__ = ["deterministic_values", "to_arviz"]
 
@@ -113,10 +113,7 @@ def _deterministic_names(
     return frozenset(
         name
         for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and not is_subsample(node)
-        and (site := delta(node["fn"])) is not None
-        and shares_storage(site.v, node["value"])
+        if node["type"] == "sample" and is_computed(node)
     )
 
 
@@ -159,7 +156,7 @@ def _observed_data(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[st
         if node["type"] == "sample"
         and node["is_observed"]
         and not is_subsample(node)
-        and not ((site := delta(node["fn"])) is not None and shares_storage(site.v, node["value"]))
+        and not is_computed(node)
     }
 
 

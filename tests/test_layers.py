@@ -65,9 +65,3 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 def test_mathematics_does_not_know_pyro(name: str) -> None:
     assert name in GRAPH, f"{name} has moved: adapt this test and docs/architecture.md"
     assert not {target for target in _reachable(name) if target.split(".")[0] == "pyro"}
-
-
-@pytest.mark.parametrize("name", [name for name in GRAPH if name.startswith("pyro_ext.ops.")])
-def test_ops_imports_nothing_above_it(name: str) -> None:
-    above = {target for target in _reachable(name) if target.startswith(("pyro.", "pyro_ext."))}
-    assert all(target.startswith("pyro_ext.ops") for target in above)

@@ -11,6 +11,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .sites import delta, is_subsample
+
 __all__ = ["LiftObservationsMessenger", "lift_observations"]
 
 
@@ -93,8 +95,7 @@ class LiftObservationsMessenger(Messenger):
 def _is_liftable(msg: Any, sites: frozenset[str] | None) -> bool:
     if sites is not None:
         return msg["name"] in sites
-    is_delta = isinstance(_unwrap_independent(msg["fn"]), dist.Delta)
-    return not is_delta and not type(msg["fn"]).__name__ == "_Subsample"
+    return delta(msg["fn"]) is None and not is_subsample(msg)
 
 
 def _is_one(scale: float | Tensor) -> bool:

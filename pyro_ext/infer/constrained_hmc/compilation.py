@@ -33,6 +33,7 @@ class CompiledSystem:
     """
 
     def __init__(self, system: ConstrainedSystem, num_chains: int) -> None:
+        self.is_vectorized = system.is_vectorized
         self._system = system
         self._num_chains = num_chains
         self._compiled: dict[str, BatchedFunction] = {}

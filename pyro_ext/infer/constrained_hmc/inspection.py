@@ -15,11 +15,11 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample, i
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
 from ...errors import ModelStructureError
+from ...poutine.sites import delta, is_computed, is_subsample
 from .enumeration import enumerate_discrete
 from .standardize import Calibration, calibrate, is_continuous, is_standard_normal, pull
 
@@ -28,11 +28,8 @@ __all__ = [
     "LatentSite",
     "ModelStructure",
     "computed_value",
-    "delta",
     "inspect_model",
     "is_latent",
-    "is_subsample",
-    "shares_storage",
 ]
 
 _MAX_TRIES = 10
@@ -93,11 +90,6 @@ class ModelStructure(NamedTuple):
         position = torch.unravel_index(torch.tensor(index - site.start), site.observed.shape)
         subscript = ", ".join(str(int(i)) for i in position)
         return f"{site.name}[{subscript}]" if subscript else site.name
-
-
-def is_subsample(msg: Mapping[str, Any]) -> bool:
-    """Whether a message is a plate's own choice of indices."""
-    return isinstance(msg["fn"], _Subsample)
 
 
 def is_latent(msg: Mapping[str, Any]) -> bool:
@@ -195,34 +187,14 @@ def _sample_nodes(trace: poutine.Trace) -> dict[str, Any]:
     return {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
 
 
-def delta(fn: Any) -> Any:
-    """The point mass inside masks and events, if a distribution is one, else ``None``."""
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return fn if isinstance(fn, dist.Delta) else None
-
-
 def _split_delta_sites(trace: poutine.Trace) -> tuple[frozenset[str], list[str]]:
     """Names of the deterministic sites that were computed, and of those that were given."""
     computed: list[str] = []
     given: list[str] = []
     for name, node in _sample_nodes(trace).items():
-        point = None if is_subsample(node) else delta(node["fn"])
-        if point is not None:
-            is_given = node["is_observed"] and not shares_storage(point.v, node["value"])
-            (given if is_given else computed).append(name)
+        if not is_subsample(node) and delta(node["fn"]) is not None:
+            (computed if is_computed(node) else given).append(name)
     return frozenset(computed), given
-
-
-def shares_storage(a: Any, b: Any) -> bool:
-    """
-    Whether two values are views of one tensor.
-
-    A deterministic site that is not conditioned has the very value it computed.
-    """
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return False
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _check_same_sites(first: poutine.Trace, second: poutine.Trace) -> None:

@@ -35,13 +35,14 @@ from .projection import Projector, Tolerances, hybrid, newton, quasi_newton
 from .records import RunRecord
 from .start import initial_positions, values_per_chain
 from .status import Status
-from .system import ConstrainedSystem, Point, System
+from .system import Point, System
 from .transitions import TransitionInfo, hmc_transition
 
 __all__ = ["ConstrainedHMC"]
 
 _PROJECTORS: dict[str, Projector] = {"quasi-newton": quasi_newton, "newton": newton}
 _JACOBIAN_MODES = ("auto", "forward", "reverse")
+_STUCK_AFTER = 20  # failures in a row
 
 
 class _Chains(NamedTuple):
@@ -53,6 +54,7 @@ class _Chains(NamedTuple):
     step_size: float
     averaging: DualAveraging
     variance: RunningVariance
+    failures: Tensor  # (chains,) trajectories that failed in a row
     iteration: int
 
 
@@ -252,7 +254,10 @@ class ConstrainedHMC(VectorizedKernel):
                 step_size, num_steps,
             )  # fmt: skip
             chains = chains._replace(
-                point=point, residual=info.constraint_residual, iteration=chains.iteration + 1
+                point=point,
+                residual=info.constraint_residual,
+                failures=torch.where(info.status == Status.CONVERGED, 0, chains.failures + 1),
+                iteration=chains.iteration + 1,
             )
             self._chains = self._adapt(chains, info) if is_warmup else chains
             self._params = self._to_params(self._chains)
@@ -355,6 +360,7 @@ class ConstrainedHMC(VectorizedKernel):
             step_size=self.step_size,
             averaging=dual_averaging_init(self.step_size),
             variance=running_variance_init(structure.dim, position),
+            failures=torch.zeros(len(position), dtype=torch.long, device=position.device),
             iteration=0,
         )
         if self.adapt_step_size and self._warmup_steps > 0:
@@ -385,7 +391,7 @@ class ConstrainedHMC(VectorizedKernel):
             _, info = hmc_transition(
                 self._system, chains.scale, settings, chains.point, chains.residual, step_size, 1
             )
-            return _adaptation_statistic(info)
+            return _adaptation_statistic(info, chains.failures)
 
         step_size = find_reasonable_step_size(
             accept_prob, chains.step_size, self.target_accept_prob
@@ -396,7 +402,9 @@ class ConstrainedHMC(VectorizedKernel):
         is_last = chains.iteration == self._warmup_steps
         if self.adapt_step_size:
             averaging = dual_averaging_update(
-                chains.averaging, _adaptation_statistic(info), self.target_accept_prob
+                chains.averaging,
+                _adaptation_statistic(info, chains.failures),
+                self.target_accept_prob,
             )
             final = dual_averaging_final(averaging)
             step_size = final if is_last else math.exp(averaging.log_step_size)
@@ -424,7 +432,7 @@ class ConstrainedHMC(VectorizedKernel):
         inputs = chains.point.position * chains.scale
         if self.num_chains is None:
             return self._model.values(inputs[0])
-        if isinstance(self._system, ConstrainedSystem) and not self._system.is_vectorized:
+        if not self._system.is_vectorized:
             rows = [self._model.values(row) for row in inputs]
             return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         values: dict[str, Tensor] = vmap(self._model.values)(inputs)
@@ -442,16 +450,20 @@ class ConstrainedHMC(VectorizedKernel):
         self._mean_failures += weight * (failures - self._mean_failures)
 
 
-def _adaptation_statistic(info: TransitionInfo) -> float:
+def _adaptation_statistic(info: TransitionInfo, failures: Tensor) -> float:
     """
     Mean acceptance probability, in which a failed trajectory counts as four rejections.
 
     On a target whose energy hardly changes (the uniform one on a sphere) the step size would
     otherwise grow until failed projections alone bring the acceptance down to its target.
     Never below zero: one step that is too long must not shrink the next by orders of magnitude.
+    Chains that keep failing are left out while others move: no step size would free them, and
+    the others should not pay for them.
     """
+    is_stuck = failures >= _STUCK_AFTER
+    counts = ~is_stuck if bool((~is_stuck).any()) else is_stuck
     failed = (info.status != Status.CONVERGED).to(info.accept_prob)
-    return max(0.0, float((info.accept_prob - 3 * failed).mean()))
+    return max(0.0, float((info.accept_prob - 3 * failed)[counts].mean()))
 
 
 def _check_positive(**values: float | None) -> None:

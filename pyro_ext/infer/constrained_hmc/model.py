@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from ...errors import ModelStructureError
+from ...poutine.sites import is_subsample
 from .enumeration import EnumeratedDensity, enumerate_discrete
 from .inspection import (
     LatentSite,
@@ -23,7 +24,6 @@ from .inspection import (
     computed_value,
     inspect_model,
     is_latent,
-    is_subsample,
 )
 from .standardize import pull, push, unmasked
 

@@ -36,6 +36,8 @@ class Point(NamedTuple):
 class System(Protocol):
     """What the integrator asks of a system; arguments as in :class:`ConstrainedSystem`."""
 
+    is_vectorized: bool
+
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
         """Residuals of the constraint."""
 

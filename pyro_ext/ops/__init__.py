@@ -1,1 +1,0 @@
-"""Tensor code without Pyro: what the engines compute with."""
