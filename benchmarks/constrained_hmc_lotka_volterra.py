@@ -396,20 +396,18 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("efficiency", help="effective draws per second")
-    command.add_argument("--seeds", type=int, default=3)
-    command.add_argument("--no-compile", action="store_true")
-    command = commands.add_parser("scaling", help="cost of an integrator step")
-    command.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("part", nargs="?", choices=("all", "efficiency", "scaling"), default="all")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per sampler")
+    parser.add_argument("--repeats", type=int, default=8, help="steps timed per size")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled run")
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     jax.config.update("jax_enable_x64", True)
-    if args.command == "efficiency":
-        efficiency(args.seeds, not args.no_compile)
-    else:
+    if args.part in ("all", "scaling"):
         scaling(args.repeats)
+    if args.part in ("all", "efficiency"):
+        efficiency(args.seeds, not args.no_compile)
 
 
 if __name__ == "__main__":
