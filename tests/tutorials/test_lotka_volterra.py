@@ -435,7 +435,7 @@ def test_trajectories_figure_shows_every_method(
     free, exact, *residuals = figure.axes
     assert [axes.get_title("left") for axes in (free, exact)] == ["free", "exact"]
     assert len(free.lines) == 2 * (6 + 1), "two species: six simulations and the data of each"
-    assert "largest residual: 0" in residuals[1].texts[0].get_text()
+    assert "largest: 0" in residuals[1].texts[0].get_text()
     assert style_settings() == settings
 
 
@@ -458,6 +458,27 @@ def test_marginals_figure_shows_every_method_and_parameter(
     low, high = figure.axes[4].get_xlim()
     assert low < posterior.quantiles[0.025][0] < posterior.quantiles[0.975][0] < high
     assert "theta_4" in figure.axes[-1].get_xlabel()
+    assert style_settings() == settings
+
+
+def test_overview_shows_every_method_over_the_exact_density(
+    figures: ModuleType, simulator: ModuleType, data: Tensor, posterior: Any
+) -> None:
+    settings = style_settings()
+    theta, noise = some_inputs(simulator, 6)
+    draws = posterior.mean + posterior.sd * torch.randn(500, 4)
+    figure = figures.overview_figure(
+        data,
+        {"free": simulator.simulate(theta, noise)},
+        posterior.marginals,
+        {"narrow": draws, "free": theta},
+        true_values=simulator.THETA_TRUE,
+    )
+    assert rendered(figure).startswith(b"\x89PNG")
+    trajectories, marginals = figure.subfigs
+    assert (len(trajectories.axes), len(marginals.axes)) == (2, 4)
+    labels = [text.get_text() for text in marginals.legends[0].get_texts()]
+    assert labels == ["narrow", "free", "exact posterior (quadrature)", "true value"]
     assert style_settings() == settings
 
 
