@@ -240,11 +240,11 @@ def _least_squares(
         matrix = jacobian_matrix(torch.as_tensor(u).to(start).unsqueeze(0))[0]
         return np.nan_to_num(matrix.double().cpu().numpy(), nan=0.0, posinf=1e100, neginf=-1e100)
 
+    # SciPy's own tolerances stop short of ours, and it raises at starts that are not finite
+    options = {"x_scale": "jac", "max_nfev": 100, "ftol": 1e-15, "xtol": 1e-15, "gtol": 1e-15}
     solutions = [
-        scipy.optimize.least_squares(
-            residual, row.double().cpu().numpy(), derivative, x_scale="jac", max_nfev=100
-        ).x
-        for row in start
+        scipy.optimize.least_squares(residual, row, derivative, **options).x
+        for row in start.nan_to_num(0.0, 0.0, 0.0).double().cpu().numpy()
     ]
     position = torch.as_tensor(np.stack(solutions)).to(start)
     value = constraint(position)

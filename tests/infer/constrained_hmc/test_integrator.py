@@ -247,7 +247,7 @@ def test_steps_that_cannot_be_retraced_are_found() -> None:
     start = phase_state(problem, 80)
     end, info = advance(problem, start, 0.5, projector=newton)
     counts = {status: int((info.status == status).sum()) for status in Status}
-    assert counts[Status.NON_REVERSIBLE] >= 5
+    assert counts[Status.NON_REVERSIBLE] >= 2
     assert counts[Status.CONVERGED] >= 5
     ok = info.status == Status.CONVERGED
     back, again = advance(problem, PhaseState(end.point, -end.momentum), 0.5, projector=newton)
