@@ -73,7 +73,8 @@ def leapfrog_step(
     new_point = point
     for i in range(settings.num_inner_steps):
         is_last = i == settings.num_inner_steps - 1
-        start = position + inner_step * momentum
+        # chains that have failed stay on the manifold, where every solver is done at once
+        start = torch.where(_ok(status), position + inner_step * momentum, position)
         forward = _project(system, scale, settings, start, jacobian, status)
         status = _mark(status, ~forward.is_converged, Status.NOT_CONVERGED)
         new_position = torch.where(_ok(status), forward.position, position)
@@ -84,7 +85,7 @@ def leapfrog_step(
             new_jacobian = system.jacobian(new_position, scale)
         status = _mark(status, ~new_jacobian.half_log_det_gram.isfinite(), Status.DIVERGENT)
         momentum = project_momentum(new_jacobian, (new_position - position) / inner_step)
-        start = new_position - inner_step * momentum
+        start = torch.where(_ok(status), new_position - inner_step * momentum, new_position)
         backward = _project(system, scale, settings, start, new_jacobian, status)
         distance = (backward.position - position).abs().amax(-1)
         is_reversible = backward.is_converged & (distance <= settings.tolerances.reverse)
@@ -132,8 +133,6 @@ def _project(
     def jacobian_matrix(position: Tensor) -> Tensor:
         return system.jacobian_matrix(position, scale)
 
-    # a chain that has failed before gets a start that every solver gives up on at once
-    start = torch.where(_ok(status), start, torch.nan)
     functions = (constraint, jacobian_matrix)
     result = settings.projector(*functions, start, jacobian, settings.tolerances)
     failed = ((status == Status.CONVERGED) & ~result.is_converged).nonzero().squeeze(-1)

@@ -80,7 +80,7 @@ def push(fn: Any, u: Tensor, calibration: Calibration | None = None) -> tuple[Te
         return fn.low + (fn.high - fn.low) * share, _standard_normal(u)
     if isinstance(fn, td.Exponential):
         # -log of the normal survival function is a unit exponential
-        return -torch.special.log_ndtr(-u) / fn.rate, _standard_normal(u)
+        return _negative_log_survival(u) / fn.rate, _standard_normal(u)
     if isinstance(fn, _LOCATION_SCALE):
         value = fn.loc + fn.scale * u
         # p_U(u) = p_X(loc + scale u) scale
@@ -178,6 +178,13 @@ def _is_transformed(fn: Any) -> bool:
 
 def _standard_normal(u: Tensor) -> Tensor:
     return -0.5 * u.square().sum() - u.numel() * _HALF_LOG_2PI
+
+
+def _negative_log_survival(u: Tensor) -> Tensor:
+    """``-log_ndtr(-u)``, accurate in both tails, from operations that ``vmap`` can batch."""
+    upper = -torch.special.ndtr(-u.clamp(min=0.0)).log()
+    lower = -torch.log1p(-torch.special.ndtr(u.clamp(max=0.0)))
+    return torch.where(u > 0, upper, lower)
 
 
 def _inverse_log_survival(energy: Tensor) -> Tensor:
