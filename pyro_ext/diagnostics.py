@@ -74,6 +74,7 @@ def deterministic_values(
     :param args: the model's positional arguments.
     :param kwargs: the model's keyword arguments.
     :returns: values by name, ``(chains, draws, ...)``.
+    :raises ValueError: if draws of a latent site are missing.
     """
     leading = next(iter(samples.values())).shape[:2]
     flat = {name: value.flatten(0, 1) for name, value in samples.items()}
@@ -110,11 +111,17 @@ def _deterministic_names(
 ) -> frozenset[str]:
     with poutine.block(), pyro.validation_enabled(False):
         trace = poutine.trace(poutine.condition(model, dict(latents))).get_trace(*args, **kwargs)
-    return frozenset(
-        name
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and is_computed(node)
-    )
+    sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    names = frozenset(name for name, node in sites.items() if is_computed(node))
+    drawn = [n for n, s in sites.items() if not (s["is_observed"] or is_subsample(s))]
+    missing = sorted(set(drawn) - names)
+    if names and missing:
+        raise ValueError(
+            f"The deterministic sites {sorted(names)} cannot be computed: there are no draws of "
+            f"{missing}, which were not saved or are discrete and summed out. Save all latent "
+            "sites, or leave deterministic sites out: to_arviz(mcmc, deterministics=False)."
+        )
+    return names
 
 
 def _map_draws(

@@ -79,12 +79,13 @@ class LiftObservationsMessenger(Messenger):
         name, fn = msg["name"], msg["fn"]
         if not msg["is_observed"] or not _is_liftable(msg, self.sites):
             return
-        if msg["mask"] is not None or not _is_one(msg["scale"]):
+        family = _unwrap_independent(fn)
+        is_masked = msg["mask"] is not None or isinstance(family, dist.MaskedDistribution)
+        if is_masked or not _is_one(msg["scale"]):
             raise ValueError(
                 f"Site {name!r} is masked or scaled; a fraction of an observation cannot be "
                 "matched exactly. Leave the site out of lift_observations(sites=...)."
             )
-        family = _unwrap_independent(fn)
         noise = pyro.sample(f"{name}_noise", _standard(family, name).to_event(fn.event_dim))
         value = family.loc + family.scale * noise
         msg["fn"] = dist.Delta(value, event_dim=fn.event_dim).mask(False)
@@ -103,7 +104,7 @@ def _is_one(scale: float | Tensor) -> bool:
 
 
 def _unwrap_independent(fn: Any) -> Any:
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
+    while isinstance(fn, dist.Independent):
         fn = fn.base_dist
     return fn
 
