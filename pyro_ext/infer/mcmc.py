@@ -201,6 +201,7 @@ class MCMC:
             kernel.initial_params = self._initial_params
         draws = self._run_chain(args, kwargs, label="")
         self._diagnostics = kernel.chain_diagnostics()
+        kernel.cleanup()
         _trim(self._diagnostics, draws)
         return {name: torch.stack(values, dim=1) for name, values in draws.items()}
 
@@ -213,10 +214,12 @@ class MCMC:
                 self.kernel.initial_params = {k: v[chain] for k, v in self._initial_params.items()}
             label = f" [{chain + 1}]" if self.num_chains > 1 else ""
             draws = self._run_chain(args, kwargs, label)
+            diagnostics = self.kernel.diagnostics()
+            self.kernel.cleanup()  # Pyro's kernels forget their statistics here
             is_complete = len(next(iter(draws.values()), [])) == self.num_samples
             if is_complete or not finished:
                 finished.append(draws)
-                self._diagnostics.append(self.kernel.diagnostics())
+                self._diagnostics.append(diagnostics)
                 _trim(self._diagnostics[-1:], draws)
             if not is_complete:
                 break
@@ -255,7 +258,6 @@ class MCMC:
                     SamplingWarning,
                     stacklevel=4,
                 )
-        self.kernel.cleanup()
         return draws
 
     def _report(self, bar: Any, params: Mapping[str, Tensor], stage: str, i: int) -> None:
