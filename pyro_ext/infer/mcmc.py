@@ -177,13 +177,20 @@ class MCMC:
             result[name] = {f"chain {i}": chain[name] for i, chain in enumerate(self._diagnostics)}
         return result
 
-    def summary(self, prob: float = 0.9) -> None:
+    def summary(self, prob: float = 0.9, *, sites: Sequence[str] | None = None) -> None:
         """
         Print mean, spread, quantiles, effective sample size and R-hat of every site.
 
         :param float prob: probability mass of the interval.
+        :param sites: names of the sites to show, for models with many numbers; all when ``None``.
+        :raises ValueError: if a name is not among the draws.
         """
-        print_summary(self._drawn(), prob=prob)
+        samples = self._drawn()
+        if sites is not None:
+            if unknown := sorted(set(sites) - samples.keys()):
+                raise ValueError(f"There are no draws of {unknown}, only of {sorted(samples)}.")
+            samples = {name: samples[name] for name in sites}
+        print_summary(samples, prob=prob)
         divergences = [len(chain.get("divergences", ())) for chain in self._diagnostics]
         print(f"Number of divergences: {sum(divergences)}")
 

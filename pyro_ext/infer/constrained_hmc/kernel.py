@@ -405,6 +405,9 @@ class ConstrainedHMC(VectorizedKernel):
                 chains.averaging,
                 _adaptation_statistic(info, chains.failures),
                 self.target_accept_prob,
+                # the mean over many chains is less noisy than one chain's probability, for which
+                # 0.05 is right, and would make the step size swing by factors of ten
+                gamma=0.05 * math.sqrt(min(len(chains.failures), 16)),
             )
             final = dual_averaging_final(averaging)
             step_size = final if is_last else math.exp(averaging.log_step_size)

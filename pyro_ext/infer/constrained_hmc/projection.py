@@ -30,6 +30,8 @@ __all__ = [
 BatchFunction = Callable[[Tensor], Tensor]
 # A residual this many times the first one means that the iteration runs away.
 _RUNAWAY = 1e3
+# Iterations in which the residual should at least halve once.
+_STALLED_AFTER = 10
 
 
 class Tolerances(NamedTuple):
@@ -119,19 +121,24 @@ def _iterate(
     is_active = torch.ones(len(start), dtype=torch.bool, device=start.device)
     is_converged = torch.zeros_like(is_active)
     iterations = torch.zeros(len(start), dtype=torch.long, device=start.device)
-    first_error = None
     largest = torch.full_like(start[:, 0], torch.inf)
-    for _ in range(tolerances.max_iters + 1):
+    first_error, best_error, best_at = largest, largest, torch.zeros_like(iterations)
+    for i in range(tolerances.max_iters + 1):
         residual = constraint(position)
         delta = update(position, residual)
         error = (residual.abs() / tolerances.constraint).amax(-1)
-        first_error = error if first_error is None else first_error
+        first_error = error if i == 0 else first_error
+        is_better = error <= 0.5 * best_error
+        best_error = torch.where(is_better, error, best_error)
+        best_at = torch.where(is_better, i, best_at)
         iterations += is_active
         largest = torch.where(is_active, residual.abs().amax(-1), largest)
         is_solved = (error <= 1) & (delta.abs().amax(-1) <= tolerances.position)
         is_converged |= is_active & is_solved
         # comparisons with NaN are false, so a non-finite chain drops out here
         is_active = is_active & ~is_solved & (error <= _RUNAWAY * first_error.clamp(min=1.0))
+        # without a solution on its line an iteration wanders until it is stopped
+        is_active &= i - best_at < _STALLED_AFTER
         if not is_active.any():
             break
         position = torch.where(is_active.unsqueeze(-1), position - delta, position)

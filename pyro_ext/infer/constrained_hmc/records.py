@@ -102,7 +102,8 @@ def _cure(status: Tensor) -> str:
     return {
         Status.NOT_CONVERGED: (
             "most projections did not converge. The constraint curves strongly within one step: "
-            "raise target_accept_prob or num_inner_steps, or use projection='newton'."
+            "raise target_accept_prob (lower step_size if it is not adapted) or num_inner_steps, "
+            "or use projection='newton'."
         ),
         Status.NON_REVERSIBLE: (
             "most were not reversible. Steps jump to another sheet of the manifold, or "

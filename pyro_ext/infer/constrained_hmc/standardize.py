@@ -75,9 +75,7 @@ def push(fn: Any, u: Tensor, calibration: Calibration | None = None) -> tuple[Te
         shift = (fn._unbroadcasted_scale_tril @ u.unsqueeze(-1)).squeeze(-1)
         return fn.loc + shift, _standard_normal(u)
     if isinstance(fn, td.Uniform):
-        # the normal CDF; torch.special.ndtr has no correct digits below -8
-        share = 0.5 * torch.special.erfc(-math.sqrt(0.5) * u)
-        return fn.low + (fn.high - fn.low) * share, _standard_normal(u)
+        return fn.low + (fn.high - fn.low) * _normal_cdf(u), _standard_normal(u)
     if isinstance(fn, td.Exponential):
         # -log of the normal survival function is a unit exponential
         return _negative_log_survival(u) / fn.rate, _standard_normal(u)
@@ -180,10 +178,15 @@ def _standard_normal(u: Tensor) -> Tensor:
     return -0.5 * u.square().sum() - u.numel() * _HALF_LOG_2PI
 
 
+def _normal_cdf(u: Tensor) -> Tensor:
+    """The normal distribution function; ``torch.special.ndtr`` has no correct digits below -8."""
+    return 0.5 * torch.special.erfc(-math.sqrt(0.5) * u)
+
+
 def _negative_log_survival(u: Tensor) -> Tensor:
     """``-log_ndtr(-u)``, accurate in both tails, from operations that ``vmap`` can batch."""
-    upper = -torch.special.ndtr(-u.clamp(min=0.0)).log()
-    lower = -torch.log1p(-torch.special.ndtr(u.clamp(max=0.0)))
+    upper = -_normal_cdf(-u.clamp(min=0.0)).log()
+    lower = -torch.log1p(-_normal_cdf(u.clamp(max=0.0)))
     return torch.where(u > 0, upper, lower)
 
 
