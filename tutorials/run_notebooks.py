@@ -31,6 +31,7 @@ def execute(notebook: Path, folder: Path, timeout: float) -> nbformat.NotebookNo
         node,
         timeout=timeout,
         kernel_name="python3",
+        record_timing=False,  # times would change the file with every run
         resources={"metadata": {"path": str(folder)}},
         # The kernel would warn, each time, that it talks to this process over a local socket.
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
