@@ -172,6 +172,18 @@ def test_the_printed_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Number of divergences: 1" in printed
 
 
+def test_the_printed_summary_of_some_sites(capsys: pytest.CaptureFixture[str]) -> None:
+    _, mcmc = count()
+    mcmc.summary(sites=["b"])
+    names = {
+        line.split("[")[0].split()[0] for line in capsys.readouterr().out.splitlines() if line
+    }
+    assert "b" in names
+    assert "a" not in names
+    with pytest.raises(ValueError, match=r"no draws of \['c'\], only of \['a', 'b'\]"):
+        mcmc.summary(sites=["b", "c"])
+
+
 @pytest.mark.parametrize("method", ["get_samples", "diagnostics", "summary"])
 def test_results_before_a_run_are_an_error(method: str) -> None:
     mcmc = MCMC(Counter(), 5)
