@@ -163,7 +163,7 @@ def test_lifting_observations_keeps_the_posterior(family: str) -> None:
         log_prior = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
         return log_prior + FAMILIES[family](*decoder(z)).log_prob(image).sum(-1)
 
-    draws = sample(lift_observations(model), num_chains=60, num_samples=40)
+    draws = sample(lift_observations(model), num_chains=60, num_samples=70)
     truth = Quadrature(log_density, (-6.0, 6.0, 600), (-6.0, 6.0, 600))
     check_two((draws["z"][..., 0], draws["z"][..., 1]), truth, min_ess=400)
     loc, scale = decoder(draws["z"])
@@ -228,7 +228,7 @@ def parameters(draws: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 @pytest.mark.slow
 def test_teacher_forced_and_monolithic_series_agree() -> None:
     forced_data = {f"value_{t}": value for t, value in enumerate(SERIES)}
-    size = {"num_chains": 60, "num_samples": 40}
+    size = {"num_chains": 60, "num_samples": 60}
     forced = parameters(sample(step_by_step, forced_data, **size))
     plain = parameters(sample(monolithic, {"series": torch.tensor(SERIES)}, **size))
     check_two(forced, series_truth())
