@@ -13,12 +13,13 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.infer.mcmc.util import diagnostics as sample_diagnostics
-from pyro.infer.mcmc.util import print_summary, select_samples
+from pyro.infer.mcmc.util import select_samples
 from pyro.util import optional
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import SamplingWarning
+from .summary import summary_table
 from .vectorized import VectorizedKernel
 
 __all__ = ["MCMC"]
@@ -190,7 +191,7 @@ class MCMC:
             if unknown := sorted(set(sites) - samples.keys()):
                 raise ValueError(f"There are no draws of {unknown}, only of {sorted(samples)}.")
             samples = {name: samples[name] for name in sites}
-        print_summary(samples, prob=prob)
+        print(summary_table(samples, prob))
         divergences = [len(chain.get("divergences", ())) for chain in self._diagnostics]
         print(f"Number of divergences: {sum(divergences)}")
 
@@ -237,15 +238,15 @@ class MCMC:
 
     def _run_chain(self, args: Any, kwargs: Any, label: str) -> dict[str, list[Tensor]]:
         """Warm up and sample the kernel once; its draws by site, shorter if interrupted."""
-        self.kernel.setup(self.warmup_steps, *args, **kwargs)
-        _check_memory(self.kernel, self.num_samples)
-        params = self.kernel.initial_params
-        names = self._names(params)
-        draws: dict[str, list[Tensor]] = {name: [] for name in names}
         total = self.warmup_steps + self.num_samples
         # Pyro shows no bars in continuous integration either
         quiet = self._disable_progbar or "CI" in os.environ
-        with tqdm(total=total, disable=quiet, dynamic_ncols=True) as bar:
+        with tqdm(total=total, desc="Setup" + label, disable=quiet, dynamic_ncols=True) as bar:
+            self.kernel.setup(self.warmup_steps, *args, **kwargs)
+            _check_memory(self.kernel, self.num_samples)
+            params = self.kernel.initial_params
+            names = self._names(params)
+            draws: dict[str, list[Tensor]] = {name: [] for name in names}
             try:
                 for i in range(total):
                     stage = "Warmup" if i < self.warmup_steps else "Sample"

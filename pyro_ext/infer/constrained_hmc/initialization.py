@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -231,6 +230,8 @@ def _least_squares(
     tolerances: Tolerances,
 ) -> InitialPoints:
     """Trust-region least squares through SciPy, chain by chain; slow, and the last resort."""
+    # here and not at the top: importing SciPy's special functions changes the warning filters
+    import scipy.optimize
 
     def residual(u: np.ndarray) -> np.ndarray:
         value = constraint(torch.as_tensor(u).to(start).unsqueeze(0))[0]

@@ -226,8 +226,9 @@ def _check_plates(trace: poutine.Trace) -> None:
 def _check_condition_keys(keys: set[str], trace: poutine.Trace) -> None:
     names = _sample_nodes(trace).keys()
     for key in sorted(keys - names):
-        near = difflib.get_close_matches(key, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        by_lower = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(key.lower(), by_lower, n=1)
+        hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
         raise ValueError(
             f"The model is conditioned on {key!r}, but has no site of that name.{hint} "
             f"Its sites are {sorted(names)}."

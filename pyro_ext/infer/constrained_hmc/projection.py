@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -195,6 +194,9 @@ def _hybrid_single(
         full = -jacobian_matrix(position(multipliers).unsqueeze(0))[0] @ rows.mT
         scaled = (full / lengths.unsqueeze(-1)).double().cpu().numpy()
         return np.nan_to_num(scaled, nan=0.0, posinf=1e100, neginf=-1e100)
+
+    # here and not at the top: importing SciPy's special functions changes the warning filters
+    import scipy.optimize
 
     solution = scipy.optimize.root(
         residual,

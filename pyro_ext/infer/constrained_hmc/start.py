@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -131,9 +132,11 @@ def _no_start_message(model: ConstrainedModel, points: InitialPoints) -> str:
     best = residual[residual.amax(-1).argmin()]
     worst = int(best.argmax())
     name = model.structure.constraint_name(worst)
+    off = float(best[worst])
+    what = f"{name!r} is off by {off:.3g}" if math.isfinite(off) else f"{name!r} overflows"
     return (
         "No inputs that reproduce the conditioned outputs were found from the prior draws of "
-        f"{len(residual)} chain(s): at the best of them {name!r} is off by "
-        f"{float(best[worst]):.3g}. Check that the observed value can be produced by the model "
-        "at all; start closer by initial_params or init_strategy=init_to_value(values={...})."
+        f"{len(residual)} chain(s): at the best of them {what}. Check that the observed value can "
+        "be produced by the model at all; start closer by initial_params or "
+        "init_strategy=init_to_value(values={...})."
     )
