@@ -13,7 +13,7 @@ from pyro_ext import MCMC, ConstrainedHMC
 from tests.statistics import Quadrature, assert_moments, assert_same_mean
 
 OBSERVED = 1.0
-MIN_ESS = 400
+MIN_ESS = 200
 
 
 def model() -> None:
@@ -32,7 +32,7 @@ def vectorized(num_samples: int = 50, warmup_steps: int = 30) -> dict[str, Tenso
     return mcmc.get_samples(group_by_chain=True)
 
 
-def sequential(num_samples: int = 500, warmup_steps: int = 50) -> dict[str, Tensor]:
+def sequential(num_samples: int = 300, warmup_steps: int = 50) -> dict[str, Tensor]:
     mcmc = MCMC(
         kernel(),
         num_samples,
@@ -45,7 +45,7 @@ def sequential(num_samples: int = 500, warmup_steps: int = 50) -> dict[str, Tens
     return mcmc.get_samples(group_by_chain=True)
 
 
-def stock(num_samples: int = 1000, warmup_steps: int = 50) -> dict[str, Tensor]:
+def stock(num_samples: int = 600, warmup_steps: int = 50) -> dict[str, Tensor]:
     mcmc = pyro.infer.MCMC(kernel(), num_samples, warmup_steps=warmup_steps, disable_progbar=True)
     mcmc.run()
     return mcmc.get_samples(group_by_chain=True)

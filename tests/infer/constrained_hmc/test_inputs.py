@@ -242,7 +242,7 @@ def test_masked_and_scaled_inputs() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 2.0))
         pyro.deterministic("first", x + y + z)
 
-    draws = sample(model, {"first": 1.0})
+    draws = sample(model, {"first": 1.0}, num_samples=80)
     check_against(draws["x"], scipy.stats.norm(0.5, 3**-0.5), "scaled")
     check_against(draws["z"], scipy.stats.norm(0.0, 2.0), "beside the masked one")
     assert_mean(draws["y"], 0.5, name="masked")
