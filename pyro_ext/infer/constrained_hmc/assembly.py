@@ -52,9 +52,11 @@ def build_system(
             VectorizationWarning,
             stacklevel=4,
         )
-        return ConstrainedSystem(
+        looped = ConstrainedSystem(
             model.constraint, model.potential, vectorized=False, forward=False
         )
+        _check_differentiable(looped, inputs)
+        return looped
     reverse = ConstrainedSystem(model.constraint, model.potential, forward=False)
     if jacobian_mode == "reverse" or (
         jacobian_mode == "auto" and model.dim > _MOST_INPUTS_PER_CONSTRAINT * model.num_constraints
@@ -65,6 +67,20 @@ def build_system(
         return forward
     costs = [_cost(system, inputs, num_chains) for system in (forward, reverse)]
     return forward if costs[0] < costs[1] else reverse
+
+
+def _check_differentiable(system: ConstrainedSystem, inputs: Tensor) -> None:
+    """Refuse a model that overwrites what its derivative needs."""
+    try:
+        system.point(inputs[:1], torch.ones_like(inputs[0]))
+    except RuntimeError as error:
+        if "inplace" not in str(error).replace("-", ""):
+            raise
+        raise ValueError(
+            "The model overwrites a tensor that its derivative needs, so it cannot be "
+            "differentiated. Collect the values in a Python list and torch.stack them instead of "
+            "writing into a tensor in place."
+        ) from error
 
 
 def can_try_forward(model: ConstrainedModel) -> bool:

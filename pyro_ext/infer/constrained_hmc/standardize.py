@@ -29,8 +29,8 @@ __all__ = [
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # The classes of torch, from which Pyro's derive: families built by transforms hold torch's.
 # Families on the real line that are loc + scale * (a standard member of the family).
-_LOCATION_SCALE = (td.Cauchy, td.Gumbel, td.Laplace, td.StudentT)
-_NORMALIZED = (td.Normal, td.MultivariateNormal, td.Uniform, td.Exponential)
+_LOCATION_SCALE = (td.Gumbel, td.Laplace, td.StudentT)
+_NORMALIZED = (td.Normal, td.MultivariateNormal, td.Uniform, td.Exponential, td.Cauchy)
 _WRAPPERS = (td.Independent, dist.MaskedDistribution)
 
 
@@ -53,10 +53,10 @@ def push(fn: Any, u: Tensor, calibration: Calibration | None = None) -> tuple[Te
 
     .. math:: \log p_U(u) = \log p_X(T(u)) + \log |\det \partial T / \partial u|
 
-    Normal, multivariate normal, uniform and exponential distributions, and everything built
-    from them by transforms, have exactly standard normal inputs; other location-scale families
-    keep their own standard member; the rest go through ``biject_to`` of their support, shifted
-    and scaled by ``calibration``.
+    Normal, multivariate normal, uniform, exponential and Cauchy distributions, and everything
+    built from them by invertible transforms, have exactly standard normal inputs; other
+    location-scale families keep their own standard member; the rest go through ``biject_to``
+    of their support, shifted and scaled by ``calibration``.
 
     :param fn: a distribution with a continuous support.
     :param Tensor u: input, of the shape that :func:`pull` returns.
@@ -79,6 +79,8 @@ def push(fn: Any, u: Tensor, calibration: Calibration | None = None) -> tuple[Te
     if isinstance(fn, td.Exponential):
         # -log of the normal survival function is a unit exponential
         return _negative_log_survival(u) / fn.rate, _standard_normal(u)
+    if isinstance(fn, td.Cauchy):
+        return fn.loc + fn.scale * _standard_cauchy(u), _standard_normal(u)
     if isinstance(fn, _LOCATION_SCALE):
         value = fn.loc + fn.scale * u
         # p_U(u) = p_X(loc + scale u) scale
@@ -109,6 +111,8 @@ def pull(fn: Any, value: Tensor, calibration: Calibration | None = None) -> Tens
         return torch.special.ndtri((value - fn.low) / (fn.high - fn.low))
     if isinstance(fn, td.Exponential):
         return _inverse_log_survival(fn.rate * value)
+    if isinstance(fn, td.Cauchy):
+        return _inverse_standard_cauchy((value - fn.loc) / fn.scale)
     if isinstance(fn, (td.Normal, *_LOCATION_SCALE)):
         return (value - fn.loc) / fn.scale
     unconstrained = biject_to(fn.support).inv(value)
@@ -170,8 +174,22 @@ def unmasked(fn: Any) -> Any:
 def _is_transformed(fn: Any) -> bool:
     """Whether to follow a distribution's transforms."""
     # torch writes a Gumbel as a transformed uniform, which loses the digits of its upper tail
-    is_transformed = isinstance(fn, td.TransformedDistribution)
-    return is_transformed and not isinstance(fn, _LOCATION_SCALE)
+    if not isinstance(fn, td.TransformedDistribution) or isinstance(fn, _LOCATION_SCALE):
+        return False
+    # half-normal and half-Cauchy fold their base at zero, where the constraint would have a kink
+    return all(transform.bijective for transform in fn.transforms)
+
+
+def _standard_cauchy(u: Tensor) -> Tensor:
+    """Quantile of the standard Cauchy at the normal CDF of ``u``, exact in both tails."""
+    # tan(pi (Phi(u) - 1/2)) = cot(pi Phi(-u)): no probability near one is ever formed
+    magnitude = 1 / torch.tan(torch.pi * _normal_cdf(-u.abs()))
+    return torch.where(u < 0, -magnitude, magnitude)
+
+
+def _inverse_standard_cauchy(value: Tensor) -> Tensor:
+    magnitude = -torch.special.ndtri(torch.atan(1 / value.abs()) / torch.pi)
+    return torch.where(value < 0, -magnitude, magnitude)
 
 
 def _standard_normal(u: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .differentiability import check_dependence, check_rank
 from .initialization import InitialPoints, find_initial_points
 from .model import ConstrainedModel
 from .projection import Tolerances
+from .structure import LinAlgError
 from .system import ConstrainedSystem
 
 __all__ = ["initial_positions", "values_per_chain"]
@@ -48,13 +49,15 @@ def initial_positions(
     structure = model.structure
     one = torch.ones(structure.dim, dtype=structure.dtype, device=structure.device)
 
-    def constraint(position: Tensor) -> Tensor:
-        return system.constraint(position, one)
-
     searcher = _searcher(model, system)
+    num_outputs = (structure.num_constraints,)
+
+    def constraint(position: Tensor) -> Tensor:
+        return _nan_where_raised(system.constraint, position, one, num_outputs)
 
     def jacobian_matrix(position: Tensor) -> Tensor:
-        return searcher.jacobian_matrix(position, one)
+        shape = (*num_outputs, structure.dim)
+        return _nan_where_raised(searcher.jacobian_matrix, position, one, shape)
 
     def draw(number: int) -> Tensor:
         # given values are used in the first try; chains that they fail are drawn anew
@@ -69,6 +72,22 @@ def initial_positions(
     found = points.position[points.is_found]
     check_rank(structure, jacobian_matrix(found[:_RANK_CHECKS]))
     return _fill_lost(points)
+
+
+def _nan_where_raised(
+    function: Callable[[Tensor, Tensor], Tensor],
+    position: Tensor,
+    scale: Tensor,
+    shape: tuple[int, ...],
+) -> Tensor:
+    """Values of a batched function; NaN for chains at which an operation of the model raises."""
+    try:
+        return function(position, scale)
+    except LinAlgError:
+        if len(position) == 1:
+            return position.new_full((1, *shape), torch.nan)
+    rows = [_nan_where_raised(function, row, scale, shape) for row in position.split(1)]
+    return torch.cat(rows)
 
 
 def _searcher(model: ConstrainedModel, system: ConstrainedSystem) -> ConstrainedSystem:

@@ -14,7 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DenseJacobian", "factorize"]
+__all__ = ["DenseJacobian", "LinAlgError", "factorize"]
+
+# what torch raises for a matrix that has no factorisation; its stubs do not export it
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class DenseJacobian(NamedTuple):

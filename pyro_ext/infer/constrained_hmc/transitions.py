@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .integrator import IntegratorSettings, PhaseState, leapfrog_step, select
 from .status import Status
+from .structure import DenseJacobian, LinAlgError
 from .system import Point, System, project_momentum, total_energy
 
 __all__ = ["TransitionInfo", "hmc_transition"]
@@ -52,7 +54,31 @@ def hmc_transition(
     :param int num_steps: integrator steps, the same for all chains.
     :returns: the new positions and what happened.
     """
-    momentum = project_momentum(point.jacobian, torch.randn_like(point.position))
+    noise, uniform = torch.randn_like(point.position), torch.rand_like(residual)
+    arguments = (system, scale, settings, step_size, num_steps)
+    try:
+        return _transition(*arguments, point, residual, noise, uniform)
+    except LinAlgError:  # an operation of the model refused the input of a chain
+        chains = zip(
+            _rows(point), residual.split(1), noise.split(1), uniform.split(1), strict=True
+        )
+        results = [_single_transition(*arguments, *chain) for chain in chains]
+    points, infos = zip(*results, strict=True)
+    return _stack_points(points), TransitionInfo(*map(torch.cat, zip(*infos, strict=True)))
+
+
+def _transition(
+    system: System,
+    scale: Tensor,
+    settings: IntegratorSettings,
+    step_size: float,
+    num_steps: int,
+    point: Point,
+    residual: Tensor,
+    noise: Tensor,
+    uniform: Tensor,
+) -> tuple[Point, TransitionInfo]:
+    momentum = project_momentum(point.jacobian, noise)
     start = PhaseState(point, momentum)
     start_energy = total_energy(point, momentum)
     status = torch.zeros(len(residual), dtype=torch.long, device=residual.device)
@@ -72,7 +98,7 @@ def hmc_transition(
     )
     accept_prob = (-change).exp().clamp(max=1.0)
     accept_prob = torch.where(status == Status.CONVERGED, accept_prob, 0.0)
-    is_accepted = torch.rand_like(accept_prob) < accept_prob
+    is_accepted = uniform < accept_prob
     state = select(is_accepted, state, start)
     return state.point, TransitionInfo(
         accept_prob=accept_prob,
@@ -82,4 +108,54 @@ def hmc_transition(
         projection_iterations=iterations,
         constraint_residual=torch.where(is_accepted, end_residual, residual),
         energy=total_energy(*state),
+    )
+
+
+def _single_transition(
+    system: System,
+    scale: Tensor,
+    settings: IntegratorSettings,
+    step_size: float,
+    num_steps: int,
+    point: Point,
+    residual: Tensor,
+    noise: Tensor,
+    uniform: Tensor,
+) -> tuple[Point, TransitionInfo]:
+    """One chain on its own: where the model raises, the proposal is rejected."""
+    arguments = (system, scale, settings, step_size, num_steps)
+    try:
+        return _transition(*arguments, point, residual, noise, uniform)
+    except LinAlgError:
+        zero = torch.zeros(1, dtype=torch.long, device=residual.device)
+        return point, TransitionInfo(
+            accept_prob=torch.zeros_like(residual),
+            is_accepted=zero.bool(),
+            status=zero + int(Status.DIVERGENT),
+            num_steps=zero,
+            projection_iterations=zero,
+            constraint_residual=residual,
+            energy=total_energy(point, project_momentum(point.jacobian, noise)),
+        )
+
+
+def _rows(point: Point) -> list[Point]:
+    """A batch of points as batches of one."""
+    jacobians = zip(*(part.split(1) for part in point.jacobian), strict=True)
+    parts = (point.position.split(1), point.energy.split(1), point.gradient.split(1))
+    return [
+        Point(position, DenseJacobian(*jacobian), energy, gradient)
+        for position, energy, gradient, jacobian in zip(*parts, jacobians, strict=True)
+    ]
+
+
+def _stack_points(points: Sequence[Point]) -> Point:
+    jacobian = DenseJacobian(
+        *(torch.cat(parts) for parts in zip(*(p.jacobian for p in points), strict=True))
+    )
+    return Point(
+        position=torch.cat([p.position for p in points]),
+        jacobian=jacobian,
+        energy=torch.cat([p.energy for p in points]),
+        gradient=torch.cat([p.gradient for p in points]),
     )

@@ -165,7 +165,6 @@ def test_dirichlet_with_a_given_score() -> None:
 SCALE_DATA = (0.3, -1.2, 2.0, 0.8)
 
 
-@pytest.mark.xfail(reason="Cauchy inputs keep their heavy tails, in which chains move slowly")
 @pytest.mark.slow
 def test_scale_of_normals_given_each_value() -> None:
     x = torch.tensor(SCALE_DATA)
@@ -184,7 +183,6 @@ def test_scale_of_normals_given_each_value() -> None:
     check(draws.log(), Quadrature(log_density, (-6.0, 8.0, 20_000)), "log scale")
 
 
-@pytest.mark.xfail(reason="Cauchy inputs keep their heavy tails, in which chains move slowly")
 @pytest.mark.slow
 @pytest.mark.parametrize("centred", [True, False], ids=["centred", "with noise"])
 def test_scale_of_normals_given_their_mean(centred: bool) -> None:
