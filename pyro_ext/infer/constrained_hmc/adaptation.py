@@ -36,11 +36,16 @@ class DualAveraging(NamedTuple):
     num_updates: int
 
 
-def dual_averaging_init(step_size: float) -> DualAveraging:
-    """Start at ``step_size``, shrinking towards ten times it, as Stan and Pyro do."""
-    return DualAveraging(
-        math.log(step_size), math.log(step_size), 0.0, math.log(10 * step_size), 0
-    )
+def dual_averaging_init(step_size: float, shrinkage: float = 10.0) -> DualAveraging:
+    """
+    Start at a step size.
+
+    :param float step_size: where to start.
+    :param float shrinkage: early iterations are drawn towards this multiple of it; Stan and Pyro
+        draw towards ten times it, to try long steps first.
+    """
+    log_step = math.log(step_size)
+    return DualAveraging(log_step, log_step, 0.0, log_step + math.log(shrinkage), 0)
 
 
 def dual_averaging_update(

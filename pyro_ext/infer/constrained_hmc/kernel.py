@@ -42,7 +42,8 @@ __all__ = ["ConstrainedHMC"]
 
 _PROJECTORS: dict[str, Projector] = {"quasi-newton": quasi_newton, "newton": newton}
 _JACOBIAN_MODES = ("auto", "forward", "reverse")
-_STUCK_AFTER = 20  # failures in a row
+_STUCK_AFTER = 20  # rejections in a row
+_RESCUE_AFTER = 5  # rejections in a row: one in a few thousand at the usual acceptance
 
 
 class _Chains(NamedTuple):
@@ -54,7 +55,7 @@ class _Chains(NamedTuple):
     step_size: float
     averaging: DualAveraging
     variance: RunningVariance
-    failures: Tensor  # (chains,) trajectories that failed in a row
+    rejections: Tensor  # (chains,) proposals rejected in a row
     iteration: int
 
 
@@ -246,7 +247,9 @@ class ConstrainedHMC(VectorizedKernel):
         """
         chains = self._chains
         is_warmup = chains.iteration < self._warmup_steps
+        shortening = self._shortening(chains) if is_warmup else 1.0
         step_size, num_steps = self._trajectory(chains.step_size)
+        step_size *= shortening
         settings = self._settings(with_fallback=self.use_fallback and not is_warmup)
         with torch.no_grad():
             point, info = hmc_transition(
@@ -256,10 +259,11 @@ class ConstrainedHMC(VectorizedKernel):
             chains = chains._replace(
                 point=point,
                 residual=info.constraint_residual,
-                failures=torch.where(info.status == Status.CONVERGED, 0, chains.failures + 1),
+                rejections=torch.where(info.is_accepted, 0, chains.rejections + 1),
                 iteration=chains.iteration + 1,
             )
-            self._chains = self._adapt(chains, info) if is_warmup else chains
+            is_adapting = is_warmup and shortening == 1.0
+            self._chains = self._adapt(chains, info) if is_adapting else chains
             self._params = self._to_params(self._chains)
         self._show(info)
         if not is_warmup:
@@ -358,9 +362,9 @@ class ConstrainedHMC(VectorizedKernel):
             residual=residual,
             scale=one,
             step_size=self.step_size,
-            averaging=dual_averaging_init(self.step_size),
+            averaging=dual_averaging_init(self.step_size, shrinkage=1.0),
             variance=running_variance_init(structure.dim, position),
-            failures=torch.zeros(len(position), dtype=torch.long, device=position.device),
+            rejections=torch.zeros(len(position), dtype=torch.long, device=position.device),
             iteration=0,
         )
         if self.adapt_step_size and self._warmup_steps > 0:
@@ -375,6 +379,19 @@ class ConstrainedHMC(VectorizedKernel):
         # one step less where the last would be shorter than rounding
         num_steps = min(max(1, math.ceil(length / step_size - 1e-9)), most)
         return min(length / num_steps, step_size), num_steps
+
+    def _shortening(self, chains: _Chains) -> float:
+        """
+        Factor on the step size of every other trajectory of warm-up while some chain is stuck.
+
+        A chain that starts far out, where the constraint curves more than elsewhere, may reject
+        every step that suits the others; shorter and shorter ones lead it back.
+        """
+        worst = int(chains.rejections.max())
+        is_last = chains.iteration == self._warmup_steps - 1
+        if worst < _RESCUE_AFTER or chains.iteration % 2 == 0 or is_last:
+            return 1.0
+        return 0.5 ** min(worst - _RESCUE_AFTER + 1, 10)
 
     def _settings(self, *, with_fallback: bool) -> IntegratorSettings:
         return IntegratorSettings(
@@ -391,23 +408,25 @@ class ConstrainedHMC(VectorizedKernel):
             _, info = hmc_transition(
                 self._system, chains.scale, settings, chains.point, chains.residual, step_size, 1
             )
-            return _adaptation_statistic(info, chains.failures)
+            return _adaptation_statistic(info, chains.rejections)
 
         step_size = find_reasonable_step_size(
             accept_prob, chains.step_size, self.target_accept_prob
         )
-        return chains._replace(step_size=step_size, averaging=dual_averaging_init(step_size))
+        return chains._replace(
+            step_size=step_size, averaging=dual_averaging_init(step_size, shrinkage=1.0)
+        )
 
     def _adapt(self, chains: _Chains, info: TransitionInfo) -> _Chains:
         is_last = chains.iteration == self._warmup_steps
         if self.adapt_step_size:
             averaging = dual_averaging_update(
                 chains.averaging,
-                _adaptation_statistic(info, chains.failures),
+                _adaptation_statistic(info, chains.rejections),
                 self.target_accept_prob,
                 # the mean over many chains is less noisy than one chain's probability, for which
                 # 0.05 is right, and would make the step size swing by factors of ten
-                gamma=0.05 * math.sqrt(min(len(chains.failures), 16)),
+                gamma=0.05 * math.sqrt(min(len(chains.rejections), 16)),
             )
             final = dual_averaging_final(averaging)
             step_size = final if is_last else math.exp(averaging.log_step_size)
@@ -453,17 +472,16 @@ class ConstrainedHMC(VectorizedKernel):
         self._mean_failures += weight * (failures - self._mean_failures)
 
 
-def _adaptation_statistic(info: TransitionInfo, failures: Tensor) -> float:
+def _adaptation_statistic(info: TransitionInfo, rejections: Tensor) -> float:
     """
     Mean acceptance probability, in which a failed trajectory counts as four rejections.
 
     On a target whose energy hardly changes (the uniform one on a sphere) the step size would
     otherwise grow until failed projections alone bring the acceptance down to its target.
     Never below zero: one step that is too long must not shrink the next by orders of magnitude.
-    Chains that keep failing are left out while others move: no step size would free them, and
-    the others should not pay for them.
+    Chains that do not move are left out while others do: the others should not pay for them.
     """
-    is_stuck = failures >= _STUCK_AFTER
+    is_stuck = rejections >= _STUCK_AFTER
     counts = ~is_stuck if bool((~is_stuck).any()) else is_stuck
     failed = (info.status != Status.CONVERGED).to(info.accept_prob)
     return max(0.0, float((info.accept_prob - 3 * failed)[counts].mean()))
