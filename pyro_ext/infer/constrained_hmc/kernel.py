@@ -55,7 +55,7 @@ class _Chains(NamedTuple):
     step_size: float
     averaging: DualAveraging
     variance: RunningVariance
-    rejections: Tensor  # (chains,) proposals rejected in a row
+    rejections: Tensor  # (chains,) proposals rejected lately
     iteration: int
 
 
@@ -259,7 +259,10 @@ class ConstrainedHMC(VectorizedKernel):
             chains = chains._replace(
                 point=point,
                 residual=info.constraint_residual,
-                rejections=torch.where(info.is_accepted, 0, chains.rejections + 1),
+                # an acceptance after many rejections does not yet end a chain's troubles
+                rejections=torch.where(
+                    info.is_accepted, chains.rejections // 2, chains.rejections + 1
+                ),
                 iteration=chains.iteration + 1,
             )
             is_adapting = is_warmup and shortening == 1.0

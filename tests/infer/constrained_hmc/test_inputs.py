@@ -179,7 +179,7 @@ def test_scale_of_normals_given_each_value() -> None:
         likelihood = dist.Normal(0.0, scale.unsqueeze(-1)).log_prob(x).sum(-1)
         return dist.HalfCauchy(1.0).log_prob(scale) + likelihood + log_scale
 
-    draws = sample(model, {"values": x}, num_samples=40)["scale"]
+    draws = sample(model, {"values": x}, num_samples=40, warmup_steps=60)["scale"]
     check(draws.log(), Quadrature(log_density, (-6.0, 8.0, 20_000)), "log scale")
 
 
@@ -203,7 +203,7 @@ def test_scale_of_normals_given_their_mean(centred: bool) -> None:
         likelihood = dist.Normal(0.0, scale / 2).log_prob(torch.tensor(mean))
         return dist.HalfCauchy(1.0).log_prob(scale) + likelihood + log_scale
 
-    draws = sample(model, {"mean": mean}, num_samples=40)["scale"]
+    draws = sample(model, {"mean": mean}, num_samples=40, warmup_steps=60)["scale"]
     truth = Quadrature(log_density, (-12.0, 25.0, 40_000))
     check(draws.log(), truth, "log scale")
 
@@ -240,7 +240,7 @@ def test_masked_and_scaled_inputs() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 2.0))
         pyro.deterministic("first", x + y + z)
 
-    draws = sample(model, {"first": 1.0}, num_samples=80)
+    draws = sample(model, {"first": 1.0}, num_samples=110)
     check_against(draws["x"], scipy.stats.norm(0.5, 3**-0.5), "scaled")
     check_against(draws["z"], scipy.stats.norm(0.0, 2.0), "beside the masked one")
     assert_mean(draws["y"], 0.5, name="masked")
