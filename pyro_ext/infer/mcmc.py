@@ -56,6 +56,7 @@ class MCMC:
 
     Example::
 
+        >>> from pyro_ext import ConstrainedHMC
         >>> def model():
         ...     x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         ...     pyro.deterministic("total", x.sum())

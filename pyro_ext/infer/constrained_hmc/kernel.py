@@ -123,6 +123,7 @@ class ConstrainedHMC(VectorizedKernel):
 
     Example::
 
+        >>> from pyro_ext import MCMC
         >>> def model():
         ...     x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
         ...     pyro.deterministic("radius", x.norm())
