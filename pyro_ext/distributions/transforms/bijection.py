@@ -1,0 +1,96 @@
+"""What every layer of a flow is: an invertible module that also returns its log-determinant."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+__all__ = ["Bijection", "Composite", "Inverse"]
+
+
+class Bijection(nn.Module, ABC):
+    """
+    An invertible map between data and noise, with trainable parameters and perhaps a context.
+
+    Layers are written from the data to the noise, the direction that maximum likelihood needs.
+    Both directions return the value and the log-determinant in one pass. A context has shape
+    ``batch_shape + (context_features,)``; its ``batch_shape`` broadcasts against that of the
+    values, so that a context shared by many values is processed once.
+    """
+
+    event_dim: int = 1
+    """Dimensions of one value, counted from the right: 1 for vectors, 3 for images."""
+
+    @abstractmethod
+    def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        Map data to noise.
+
+        :param Tensor x: data, shape ``batch_shape + event_shape``.
+        :param Tensor context: shape ``batch_shape + (context_features,)``, or broadcastable.
+        :returns: the noise, and ``log |det dz/dx|`` of shape ``batch_shape``.
+        """
+
+    @abstractmethod
+    def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        Map noise to data, the exact inverse of :meth:`to_noise`.
+
+        :param Tensor z: noise, shape ``batch_shape + event_shape``.
+        :param Tensor context: shape ``batch_shape + (context_features,)``, or broadcastable.
+        :returns: the data, and ``log |det dx/dz|`` of shape ``batch_shape``.
+        """
+
+
+class Composite(Bijection):
+    """
+    Bijections one after the other, in the order from data to noise.
+
+    :param bijections: the layers, the one next to the data first.
+    """
+
+    def __init__(self, bijections: Iterable[Bijection]) -> None:
+        super().__init__()
+        self.bijections = nn.ModuleList(bijections)
+
+    def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Apply every layer; see :meth:`Bijection.to_noise`."""
+        log_det = x.new_zeros(x.shape[: x.dim() - self.event_dim])
+        for bijection in self.bijections:
+            x, log_det_of_one = bijection.to_noise(x, context)
+            log_det = log_det + log_det_of_one
+        return x, log_det
+
+    def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo every layer, the last one first; see :meth:`Bijection.to_data`."""
+        log_det = z.new_zeros(z.shape[: z.dim() - self.event_dim])
+        for bijection in reversed(self.bijections):
+            z, log_det_of_one = bijection.to_data(z, context)
+            log_det = log_det + log_det_of_one
+        return z, log_det
+
+
+class Inverse(Bijection):
+    """
+    A bijection used the other way round: what it does to data is done to noise.
+
+    An autoregressive layer then draws in one pass and scores feature by feature, as in inverse
+    autoregressive flow (Kingma et al. 2016).
+
+    :param Bijection bijection: the bijection to turn round.
+    """
+
+    def __init__(self, bijection: Bijection) -> None:
+        super().__init__()
+        self.bijection = bijection
+        self.event_dim = bijection.event_dim
+
+    def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Bijection.to_noise`."""
+        return self.bijection.to_data(x, context)
+
+    def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Bijection.to_data`."""
+        return self.bijection.to_noise(z, context)

@@ -1,0 +1,49 @@
+"""What the splines share: bounded parameters, and checks of their settings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["bounded_exp", "check_spline_settings", "working_dtype"]
+
+
+def bounded_exp(parameters: Tensor, min_ratio: float) -> Tensor:
+    r"""
+    Positive numbers of which no two differ by more than a given ratio.
+
+    :math:`\exp(\theta / (1 + |\theta| / c))` with :math:`c = -\tfrac12\log r`: near zero an
+    exponential, in the limit :math:`r^{\pm 1/2}`. The gradient falls with the square of
+    :math:`\theta`, not exponentially, so that parameters that have wandered off can return.
+
+    :param Tensor parameters: any real numbers.
+    :param float min_ratio: the smallest ratio r of two results, in (0, 1).
+    :returns: positive numbers of the same shape.
+    """
+    limit = -0.5 * math.log(min_ratio)
+    return torch.exp(parameters / (1.0 + parameters.abs() / limit))
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """Precision to compute splines in: at least float32, where half precision has no room."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_spline_settings(bins: int, bound: float, min_ratio: float) -> None:
+    """
+    Check the settings of a spline.
+
+    :raises ValueError: if there are fewer than two bins, or a number is out of its range.
+    """
+    if not isinstance(bins, int) or bins < 2:
+        raise ValueError(
+            f"bins={bins!r}: a spline needs at least 2 bins (with one it is the identity)."
+        )
+    if not (math.isfinite(bound) and bound > 0):
+        raise ValueError(f"bound={bound!r}: the spline acts on [-bound, bound]; give bound > 0.")
+    if not 0 < min_ratio < 1:
+        raise ValueError(
+            f"min_ratio={min_ratio!r} is the smallest ratio of two bin widths; give one in (0, 1)."
+        )
