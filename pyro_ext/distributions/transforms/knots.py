@@ -3,11 +3,56 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["bounded_exp", "check_spline_settings", "working_dtype"]
+__all__ = ["bounded", "bounded_exp", "check_min_ratio", "check_spline_settings", "working_dtype"]
+
+
+def bounded(parameters: Tensor, min_ratio: float) -> Tensor:
+    """
+    The logarithm of :func:`bounded_exp`.
+
+    :param Tensor parameters: any real numbers.
+    :param float min_ratio: r there, in (0, 1).
+    :returns: numbers of the same shape, of absolute value below ``-log(min_ratio) / 2``.
+    """
+    return parameters / (1.0 + parameters.abs() / _limit(min_ratio))
+
+
+def _limit(min_ratio: float) -> float:
+    return -0.5 * math.log(min_ratio)
+
+
+class _BoundedExp(torch.autograd.Function):
+    """:func:`bounded_exp` with its derivative in closed form: a third of the memory traffic."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameters: Tensor, limit: float) -> Tensor:
+        return torch.div(parameters, parameters.abs().div_(limit).add_(1.0)).exp_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        parameters, ctx.limit = inputs
+        ctx.save_for_backward(parameters, output)
+        ctx.save_for_forward(parameters, output)
+
+    @staticmethod
+    def _slope(ctx: Any) -> Tensor:
+        parameters, output = ctx.saved_tensors
+        return parameters.abs().div_(ctx.limit).add_(1.0).pow_(-2).mul_(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output * _BoundedExp._slope(ctx), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent * _BoundedExp._slope(ctx)
 
 
 def bounded_exp(parameters: Tensor, min_ratio: float) -> Tensor:
@@ -22,8 +67,7 @@ def bounded_exp(parameters: Tensor, min_ratio: float) -> Tensor:
     :param float min_ratio: the smallest ratio r of two results, in (0, 1).
     :returns: positive numbers of the same shape.
     """
-    limit = -0.5 * math.log(min_ratio)
-    return torch.exp(parameters / (1.0 + parameters.abs() / limit))
+    return _BoundedExp.apply(parameters, _limit(min_ratio))
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -43,7 +87,17 @@ def check_spline_settings(bins: int, bound: float, min_ratio: float) -> None:
         )
     if not (math.isfinite(bound) and bound > 0):
         raise ValueError(f"bound={bound!r}: the spline acts on [-bound, bound]; give bound > 0.")
+    check_min_ratio(min_ratio)
+
+
+def check_min_ratio(min_ratio: float) -> None:
+    """
+    Check the bound on the parameters.
+
+    :raises ValueError: if it is not in (0, 1).
+    """
     if not 0 < min_ratio < 1:
         raise ValueError(
-            f"min_ratio={min_ratio!r} is the smallest ratio of two bin widths; give one in (0, 1)."
+            f"min_ratio={min_ratio!r} is the smallest ratio of two widths, heights or scales; "
+            "give one in (0, 1)."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,16 +14,16 @@ __all__ = ["RationalQuadraticSpline"]
 
 
 class _Bin(NamedTuple):
-    """The piece of a spline that an input falls into, with lengths in units of the interval."""
+    """The piece of a spline that an input falls into."""
 
     left: Tensor
-    """Position of the left knot in [0, 1]."""
-    width: Tensor
+    """Position of the left knot, x_k in the paper."""
     bottom: Tensor
-    """Value of the left knot in [0, 1]."""
+    """Value of the left knot, y_k in the paper."""
+    width: Tensor
     height: Tensor
     slope: Tensor
-    """Height over width, s in the paper."""
+    """Height over width, s_k in the paper."""
     left_ratio: Tensor
     """Derivative at the left knot over the slope of the bin."""
     right_ratio: Tensor
@@ -100,37 +99,31 @@ class RationalQuadraticSpline(ElementwiseMap):
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate eq. 4 and the logarithm of eq. 5; see :meth:`ElementwiseMap.forward`."""
         dtype = working_dtype(x)
-        u = self._to_unit(x.to(dtype))
-        piece = self._find_bin(u, parameters.to(dtype), search_values=False)
-        xi = ((u - piece.left) / piece.width).clamp(0.0, 1.0)
-        r0, r1 = piece.left_ratio, piece.right_ratio
+        # Clamped first, so that no branch that is not selected sees a value it cannot take.
+        inside = x.to(dtype).clamp(self.low, self.high)
+        piece = self._find_bin(inside, parameters.to(dtype), search_values=False)
+        xi = ((inside - piece.left) / piece.width).clamp(0.0, 1.0)
         curve = xi * (1.0 - xi)
-        rise = (xi * xi + r0 * curve) / (1.0 + (r0 + r1 - 2.0) * curve)
-        value = self._from_unit(piece.bottom + piece.height * rise)
-        return self._with_tails(x, value, self._log_slope(piece, xi, curve))
+        denominator = 1.0 + (piece.left_ratio + piece.right_ratio - 2.0) * curve
+        value = piece.bottom + piece.height * (xi * xi + piece.left_ratio * curve) / denominator
+        return self._with_tails(x, value, self._log_slope(piece, xi, curve, denominator))
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Solve eq. 4 for x by eq. 6-8 and 29; see :meth:`ElementwiseMap.inverse`."""
         dtype = working_dtype(y)
-        v = self._to_unit(y.to(dtype))
-        piece = self._find_bin(v, parameters.to(dtype), search_values=True)
-        eta = ((v - piece.bottom) / piece.height).clamp(0.0, 1.0)
+        inside = y.to(dtype).clamp(self.low, self.high)
+        piece = self._find_bin(inside, parameters.to(dtype), search_values=True)
+        eta = ((inside - piece.bottom) / piece.height).clamp(0.0, 1.0)
         # Equations 6-8, divided by the height and the slope of the bin.
-        r0 = piece.left_ratio
-        excess = eta * (r0 + piece.right_ratio - 2.0)
-        a, b = 1.0 - r0 + excess, r0 - excess
+        bend = piece.left_ratio + piece.right_ratio - 2.0
+        b = piece.left_ratio - eta * bend
+        a = 1.0 - b
         # Positive in exact arithmetic, because the derivative is; rounding must not spoil that.
         discriminant = (b * b + 4.0 * a * eta).clamp_min(torch.finfo(dtype).tiny)
         xi = (2.0 * eta / (b + discriminant.sqrt())).clamp(0.0, 1.0)
-        value = self._from_unit(piece.left + piece.width * xi)
-        return self._with_tails(y, value, -self._log_slope(piece, xi, xi * (1.0 - xi)))
-
-    def _to_unit(self, x: Tensor) -> Tensor:
-        # Clamped here, so that no branch that is not selected sees a value it cannot take.
-        return (x.clamp(self.low, self.high) - self.low) / (self.high - self.low)
-
-    def _from_unit(self, u: Tensor) -> Tensor:
-        return self.low + (self.high - self.low) * u
+        curve = xi * (1.0 - xi)
+        log_slope = self._log_slope(piece, xi, curve, 1.0 + bend * curve)
+        return self._with_tails(y, piece.left + piece.width * xi, -log_slope)
 
     def _with_tails(self, x: Tensor, value: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
         if self.tails:
@@ -140,53 +133,45 @@ class RationalQuadraticSpline(ElementwiseMap):
         return value.to(x.dtype), log_slope.to(x.dtype)
 
     @staticmethod
-    def _log_slope(piece: _Bin, xi: Tensor, curve: Tensor) -> Tensor:
-        r0, r1 = piece.left_ratio, piece.right_ratio
-        numerator = r1 * xi * xi + 2.0 * curve + r0 * (1.0 - xi).square()
-        denominator = 1.0 + (r0 + r1 - 2.0) * curve
+    def _log_slope(piece: _Bin, xi: Tensor, curve: Tensor, denominator: Tensor) -> Tensor:
+        left = piece.left_ratio * (1.0 - xi).square()
+        numerator = piece.right_ratio * xi.square() + 2.0 * curve + left
         return torch.log(piece.slope * numerator / denominator.square())
 
-    def _find_bin(self, u: Tensor, parameters: Tensor, *, search_values: bool) -> _Bin:
+    def _find_bin(self, x: Tensor, parameters: Tensor, *, search_values: bool) -> _Bin:
         """Find the bin of every input by binary search, and what describes the spline there."""
         K = self.bins
         relative = bounded_exp(parameters, self.min_ratio)
-        # Widths and heights are normalised only where they are needed, after the search.
         ends = relative[..., : 2 * K].unflatten(-1, (2, K)).cumsum(-1)
-        u, ends_searched = torch.broadcast_tensors(
-            u[..., None], ends[..., int(search_values), :]
-        )
-        total = ends_searched[..., -1:]
-        k = torch.searchsorted(ends_searched.contiguous(), u[..., :1] * total, right=True)
-        k = k.clamp(max=K - 1)
-        return self._gather(relative, ends, k)
+        # The search needs no gradient, and scales the inputs instead of all the knots.
+        searched = ends.detach()[..., int(search_values), :]
+        u = (x.detach() - self.low) * (searched[..., -1] / (self.high - self.low))
+        searched = searched.expand(*u.shape, K).contiguous()
+        k = torch.searchsorted(searched, u[..., None], right=True).clamp_(max=K - 1)
+        return self._describe_bin(relative, ends, k)
 
-    def _gather(self, relative: Tensor, ends: Tensor, k: Tensor) -> _Bin:
+    def _describe_bin(self, relative: Tensor, ends: Tensor, k: Tensor) -> _Bin:
         K = self.bins
         batch_shape = k.shape[:-1]
         first = 2 * K - 1 if self.tails else 2 * K
-        # Width and height of the bin and its neighbours, derivatives at its knots. Beyond the
-        # ends something else is read, always finite and positive, and replaced below.
+        # Widths and heights of the bin before, this one and the one after; derivatives left and
+        # right. Beyond the ends something else is read, always positive, and replaced below.
         offsets = torch.tensor([-1, 0, 1, K - 1, K, K + 1, first, first + 1], device=k.device)
-        index = (k + offsets).clamp(0, self.num_parameters - 1)
+        index = (k + offsets).clamp_(0, self.num_parameters - 1)
         picked = relative.expand(*batch_shape, -1).gather(-1, index)
         w_before, w, w_after, h_before, h, h_after, rho_left, rho_right = picked.unbind(-1)
-        ends = ends.expand(*batch_shape, 2, K)
-        end = ends.gather(-1, k[..., None, :].expand(*batch_shape, 2, 1)).squeeze(-1)
-        (right, top), (length, rise) = end.unbind(-1), ends[..., -1].unbind(-1)
+        length, rise = ends[..., -1].unbind(-1)
+        index = torch.stack([k, k + K], -1).flatten(-2)
+        right, top = ends.flatten(-2).expand(*batch_shape, -1).gather(-1, index).unbind(-1)
 
-        slope = (h * length) / (w * rise)
+        x_unit, y_unit = (self.high - self.low) / length, (self.high - self.low) / rise
+        width, height = w * x_unit, h * y_unit
+        left, bottom = (right - w) * x_unit + self.low, (top - h) * y_unit + self.low
+        slope = height / width
         left_ratio = 2.0 * rho_left / (1.0 + (h * w_before) / (w * h_before))
         right_ratio = 2.0 * rho_right / (1.0 + (h * w_after) / (w * h_after))
-        at_end = (1.0 / slope, 1.0 / slope) if self.tails else (rho_left, rho_right)
+        at_left, at_right = (slope.reciprocal(),) * 2 if self.tails else (rho_left, rho_right)
         k = k.squeeze(-1)
-        left_ratio = torch.where(k == 0, at_end[0], left_ratio)
-        right_ratio = torch.where(k == K - 1, at_end[1], right_ratio)
-        return _Bin(
-            (right - w) / length,
-            w / length,
-            (top - h) / rise,
-            h / rise,
-            slope,
-            left_ratio,
-            right_ratio,
-        )
+        left_ratio = torch.where(k == 0, at_left, left_ratio)
+        right_ratio = torch.where(k == K - 1, at_right, right_ratio)
+        return _Bin(left, bottom, width, height, slope, left_ratio, right_ratio)

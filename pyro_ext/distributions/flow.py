@@ -1,0 +1,183 @@
+"""The distribution of noise that a bijection has turned into data."""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from .transforms.bijection import Bijection, Composite, Inverse
+
+__all__ = ["BijectionTransform", "FlowDistribution"]
+
+
+class FlowDistribution(TorchDistribution):
+    r"""
+    Normalizing flow: :math:`\log p(x) = \log p(z) + \log|\det \partial z / \partial x|`.
+
+    A light object made by the call of a flow module; the trainable parameters stay in the module.
+    Nothing is kept from one call to the next, so that there is nothing stale to be returned after
+    an optimizer step.
+
+    :param Bijection bijection: maps data to noise and back.
+    :param base: the distribution of the noise, a Pyro distribution.
+    :param Tensor context: what the bijection depends on, shape
+        ``batch_shape + (context_features,)``.
+    :param torch.Size event_shape: shape of one datum, if it differs from that of the noise.
+    :param support: where the data lie, all real numbers by default.
+    """
+
+    arg_constraints = {}
+
+    def __init__(
+        self,
+        bijection: Bijection,
+        base: TorchDistribution,
+        context: Tensor | None = None,
+        *,
+        event_shape: torch.Size | None = None,
+        support: constraints.Constraint | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.bijection = bijection
+        self.base = base
+        self.context = context
+        context_shape = torch.Size() if context is None else context.shape[: context.dim() - 1]
+        batch_shape = torch.broadcast_shapes(base.batch_shape, context_shape)
+        if base.batch_shape != batch_shape:
+            self.base = base.expand(batch_shape)
+        event_shape = base.event_shape if event_shape is None else torch.Size(event_shape)
+        if support is None:
+            support = constraints.independent(constraints.real, len(event_shape))
+        self._support = support
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Where the data lie."""
+        return self._support
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether draws are differentiable, which is up to the base distribution."""
+        return bool(self.base.has_rsample)
+
+    @property
+    def transforms(self) -> list[Transform]:
+        """The layers as transforms in Pyro's direction, from noise to data, context included."""
+        layers = [self.bijection]
+        if isinstance(self.bijection, Composite):
+            layers = list(reversed(self.bijection.bijections))
+        return [BijectionTransform(layer, self.context) for layer in layers]
+
+    def expand(
+        self, batch_shape: torch.Size, _instance: FlowDistribution | None = None
+    ) -> FlowDistribution:
+        """Expand to a larger batch; draws of all its elements are independent."""
+        new = self._get_checked_instance(FlowDistribution, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.bijection = self.bijection
+        new.base = self.base.expand(batch_shape)
+        new.context = self.context
+        new._support = self._support
+        super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """
+        Log-density of the data, in one pass of every layer.
+
+        :param Tensor value: shape broadcastable to ``batch_shape + event_shape``.
+        :returns: shape ``sample_shape + batch_shape``.
+        :raises ValueError: if validation is on and the value is not in the support.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        batch_shape = torch.broadcast_shapes(
+            value.shape[: value.dim() - len(self.event_shape)], self.batch_shape
+        )
+        z, log_det = self.bijection.to_noise(
+            value.expand(batch_shape + self.event_shape), self.context
+        )
+        return self.base.log_prob(z) + log_det
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """
+        Draw with gradients to the parameters.
+
+        :param sample_shape: shape of the draws.
+        :returns: shape ``sample_shape + batch_shape + event_shape``.
+        """
+        z = self.base.rsample(torch.Size(sample_shape))
+        return self.bijection.to_data(z, self.context)[0]
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """
+        Draw without gradients.
+
+        :param sample_shape: shape of the draws.
+        :returns: shape ``sample_shape + batch_shape + event_shape``.
+        """
+        with torch.no_grad():
+            z = self.base.sample(torch.Size(sample_shape))
+            return self.bijection.to_data(z, self.context)[0]
+
+    def rsample_and_log_prob(
+        self, sample_shape: torch.Size | tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Draw, and score the draws in the same pass.
+
+        :param sample_shape: shape of the draws.
+        :returns: draws, shape ``sample_shape + batch_shape + event_shape``, and their
+            log-densities, shape ``sample_shape + batch_shape``.
+        """
+        z = self.base.rsample(torch.Size(sample_shape))
+        x, log_det = self.bijection.to_data(z, self.context)
+        return x, self.base.log_prob(z) - log_det
+
+
+class BijectionTransform(Transform):
+    """
+    A bijection with its context as a transform of ``torch.distributions``, from noise to data.
+
+    :param Bijection bijection: the layer.
+    :param Tensor context: what it depends on.
+    """
+
+    bijective = True
+
+    def __init__(self, bijection: Bijection, context: Tensor | None = None) -> None:
+        super().__init__(cache_size=0)
+        self.bijection = bijection
+        self.context = context
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        """All real numbers."""
+        return constraints.independent(constraints.real, self.bijection.event_dim)
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        """All real numbers."""
+        return constraints.independent(constraints.real, self.bijection.event_dim)
+
+    @property
+    def inv(self) -> Transform:
+        """From data to noise."""
+        return BijectionTransform(Inverse(self.bijection), self.context)
+
+    def __repr__(self) -> str:
+        return f"BijectionTransform({type(self.bijection).__name__})"
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.bijection.to_data(x, self.context)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.bijection.to_noise(y, self.context)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Log-determinant of the map from noise ``x`` to data ``y``."""
+        return -self.bijection.to_noise(y, self.context)[1]

@@ -1,0 +1,52 @@
+"""Shift and scale of the data before anything else sees them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bijection import Bijection
+
+__all__ = ["Standardize"]
+
+
+class Standardize(Bijection):
+    r"""
+    :math:`z = (x - m) / s`, with :math:`m` and :math:`s` that are saved but not trained.
+
+    :param Tensor loc: m, shape ``(features,)``.
+    :param Tensor scale: s, shape ``(features,)``, positive.
+
+    >>> layer = Standardize(torch.zeros(2), torch.ones(2))
+    >>> layer.initialize(torch.tensor([[1.0, 10.0], [3.0, 50.0]]))
+    >>> layer.to_noise(torch.tensor([3.0, 30.0]))[0]
+    tensor([1., 0.])
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        if not bool((scale > 0).all() and scale.isfinite().all() and loc.isfinite().all()):
+            raise ValueError(f"scale={scale} has to be positive, and it and loc={loc} finite.")
+        self.register_buffer("loc", loc.clone())
+        self.register_buffer("scale", scale.clone())
+
+    def initialize(self, x: Tensor) -> None:
+        """
+        Take mean and standard deviation from data; a constant feature keeps the scale 1.
+
+        :param Tensor x: data, shape ``(n, features)``.
+        """
+        scale = x.std(0, correction=0)
+        self.loc.copy_(x.mean(0))
+        self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+    def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Bijection.to_noise`."""
+        return (x - self.loc) / self.scale, -self.scale.log().sum().expand(x.shape[:-1])
+
+    def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Bijection.to_data`."""
+        return z * self.scale + self.loc, self.scale.log().sum().expand(z.shape[:-1])
