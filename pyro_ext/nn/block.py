@@ -28,7 +28,7 @@ class BatchNorm(nn.BatchNorm1d):
         """Normalise, shape ``(..., features)`` to the same shape."""
         return super().forward(input.reshape(-1, self.num_features)).reshape(input.shape)
 
-    def slice(self, input: Tensor, start: int, stop: int) -> Tensor:
+    def part(self, input: Tensor, start: int, stop: int) -> Tensor:
         """Normalise features ``start:stop`` alone by the running statistics."""
         scale = self.weight / (self.running_var + self.eps).sqrt()
         shift = self.bias - self.running_mean * scale

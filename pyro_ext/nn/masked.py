@@ -282,7 +282,7 @@ def _rows_of_block(
     update, grown = x, []
     for index, layer in enumerate([block.first, block.second]):
         if block.batch_norms:
-            update = block.batch_norms[index].slice(update, start, stop)
+            update = block.batch_norms[index].part(update, start, stop)
         update = block.activation(update)
         if index == 1:
             update = block.dropout(update)
