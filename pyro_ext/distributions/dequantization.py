@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -171,7 +171,7 @@ class Dequantized(TorchDistribution):
     (torch.int64, tensor(-24.))
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
 
     def __init__(
@@ -197,8 +197,13 @@ class Dequantized(TorchDistribution):
         cell = constraints.integer_interval(0, self.dequantization.levels - 1)
         return constraints.independent(cell, self.event_dim)
 
-    def expand(self, batch_shape: torch.Size, _instance: Dequantized | None = None) -> Dequantized:
+    def expand(
+        self,
+        batch_shape: torch.Size | list[int] | tuple[int, ...],
+        _instance: Dequantized | None = None,
+    ) -> Dequantized:
         """The distribution with another batch shape."""
+        batch_shape = torch.Size(batch_shape)
         new = self._get_checked_instance(Dequantized, _instance)
         new.base_dist = self.base_dist.expand(batch_shape)
         new.dequantization = self.dequantization
@@ -207,7 +212,7 @@ class Dequantized(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """
         Draw integers.
 
@@ -215,7 +220,7 @@ class Dequantized(TorchDistribution):
         :returns: shape ``sample_shape + batch_shape + event_shape``, ``torch.int64``.
         """
         with torch.no_grad():
-            value = self.base_dist.sample(sample_shape)
+            value = self.base_dist.sample(torch.Size(sample_shape))
             levels = self.dequantization.levels
             return (value * levels).floor().clamp(0, levels - 1).long()
 

@@ -161,9 +161,8 @@ class ImageSplineFlow(nn.Module):
         Choose the scales and shifts of all activation normalisations from a batch of images.
 
         Each channel then has zero mean and unit variance in this batch wherever one of these
-        layers stands. For integer images, pass what
-        :meth:`Dequantized.dequantize() <pyro_ext.distributions.dequantization.Dequantized.dequantize>`
-        returns.
+        layers stands. For integer images, see the example of
+        :class:`~pyro_ext.distributions.dequantization.DequantizedFlow`.
 
         :param Tensor x: images, shape ``(..., channels, height, width)``; a few hundred.
         :param Tensor context: their contexts.

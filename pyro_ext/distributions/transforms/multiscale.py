@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class MultiScale(Bijection):
         context_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(levels)
+        self.levels: Sequence[Bijection] = nn.ModuleList(levels)  # type: ignore[assignment]
         self.squeeze = Squeeze()
         self.image_shape = tuple(image_shape)
         *before, last = level_shapes(image_shape, len(self.levels), factor_out)
@@ -137,7 +138,8 @@ class MultiScale(Bijection):
         apply: Callable[[Bijection, Tensor, Tensor | None], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         """:meth:`to_noise` with a function that applies a level."""
-        noise, log_det = [], x.new_zeros(x.shape[:-3])
+        noise: list[Tensor] = []
+        log_det = x.new_zeros(x.shape[:-3])
         for level, image_context in zip(self.levels, self._contexts(context), strict=True):
             x, _ = self.squeeze.to_noise(x)
             x, log_det_of_level = apply(level, x, image_context)
@@ -205,7 +207,7 @@ def _initialize(bijection: Bijection, x: Tensor, context: Tensor | None) -> tupl
     if isinstance(bijection, Composite):
         log_det = x.new_zeros(())
         for part in bijection.bijections:
-            x, _ = _initialize(part, x, context)
+            x, _ = _initialize(cast(Bijection, part), x, context)
         return x, log_det
     if isinstance(bijection, ActNorm):
         bijection.initialize(x)
