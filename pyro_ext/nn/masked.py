@@ -176,7 +176,9 @@ class ResMADE(nn.Module):
         Start to evaluate feature by feature.
 
         Whether gradients are enabled is asked here: without them the state holds buffers that
-        each step fills further, so that only the newest state is valid.
+        each step fills further, which is faster, but only the newest state is valid. Inside
+        :func:`torch.vmap` leave gradients enabled. Batches much larger than a thousand rows take
+        up to a third less time in parts of that size, whose buffers stay in the cache.
 
         :param batch_shape: leading dimensions of the inputs to come, as far as those of the
             context do not extend them.

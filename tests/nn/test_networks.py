@@ -40,7 +40,7 @@ networks = pytest.mark.parametrize("make", MAKERS)
 contexts = pytest.mark.parametrize("context_size", [0, CONTEXT], ids=["alone", "context"])
 
 
-def randomize(network: nn.Module) -> nn.Module:
+def randomize(network: Any) -> Any:
     """Give every parameter and statistic a weight in the result, also where it starts small."""
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -205,7 +205,7 @@ def test_batch_norm_normalises_over_all_leading_dimensions(
     before, after = seen[0]
     dims = [i for i in range(after.dim()) if after.shape[i] != norm.num_features]
     mean, variance = before.mean(dims, keepdim=True), before.var(dims, False, keepdim=True)
-    torch.testing.assert_close(after, (before - mean) / (variance + norm.eps).sqrt())
+    torch.testing.assert_close(after, (before - mean) / (variance + 1e-3).sqrt())
 
 
 @networks
