@@ -182,8 +182,9 @@ class TwoSpirals(_PlaneDensity):
         \,\mathrm dm,
 
     where :math:`l(m)` is the lower corner of the square. Gauss-Legendre quadrature on panels of
-    equal length along the arm computes it, with a relative error below :math:`10^{-9}` near the
-    arms for the default noise; noise much smaller than that needs more panels.
+    equal length along the arm computes it: the error of the log density is about
+    :math:`10^{-12}` along the arms and :math:`10^{-5}` at the rims of the noise, for the default
+    noise and panels. Smaller noise needs more panels.
 
     Reference: Nash and Durkan 2019, "Autoregressive energy machines" (figure 1).
 
