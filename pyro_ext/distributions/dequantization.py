@@ -90,8 +90,10 @@ class VariationalDequantization(Dequantization):
     :param flow: a module that, called with a context, returns a distribution over real noise
         :math:`v` of the size of an image, with ``rsample``.
     :param int levels: number L of values that an element of the data may have, 256 for bytes.
-    :param bool flatten: whether context and noise are vectors; otherwise they have the shape of
-        the data, as for :class:`~pyro_ext.distributions.image_flow.ImageSplineFlow`.
+    :param bool flatten: whether context and noise are vectors, as for
+        :class:`~pyro_ext.distributions.NeuralSplineFlow`; otherwise they have the shape of the
+        data, as for ``ImageSplineFlow(shape, context_shape=shape, low=-0.5, high=0.5)``, which
+        leaves the scale of real numbers alone.
     :raises ValueError: if there are fewer than two levels.
 
     Reference: Ho, Chen, Srinivas, Duan and Abbeel 2019, "Flow++", section 3.1.
@@ -292,7 +294,7 @@ class DequantizedFlow(nn.Module):
     >>> flow = ImageSplineFlow((1, 4, 4), levels=1, steps_per_level=1, hidden_channels=8)
     >>> model = DequantizedFlow(flow, UniformDequantization(256))
     >>> images = torch.randint(0, 256, (10, 1, 4, 4))
-    >>> flow.initialize(model().dequantize(images)[0])
+    >>> model.initialize(images)
     >>> model().log_prob(images).shape
     torch.Size([10])
     """
@@ -310,6 +312,20 @@ class DequantizedFlow(nn.Module):
         return Dequantized(
             self.flow(*args, **kwargs), self.dequantization, num_samples=self.num_samples
         )
+
+    def initialize(self, x: Tensor, *context: Tensor) -> None:
+        """
+        Initialise the flow, where it has a method for it, from integers that get noise.
+
+        :param Tensor x: integers, shape ``(n,) + event_shape``.
+        :param Tensor context: their context, for a flow that takes one.
+        :raises ValueError: if a value is not one of the levels.
+        """
+        initialize = getattr(self.flow, "initialize", None)
+        if initialize is not None:
+            with torch.no_grad():
+                values, _ = self(*context).dequantize(x, num_samples=1)
+            initialize(values[0], *context)
 
 
 def bits_per_dimension(log_prob: Tensor, num_dimensions: int) -> Tensor:

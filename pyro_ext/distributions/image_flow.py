@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from pyro.distributions import Normal
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from ..nn import ResidualConvolutionalNetwork
 from .flow import FlowDistribution
@@ -56,7 +57,8 @@ class ImageSplineFlow(nn.Module):
     :param context_shape: shape of a context: ``(features,)`` for a vector, ``(channels, height,
         width)`` for an image of the height and width of the data; ``None`` for no context.
     :param base: distribution of the noise, over vectors of ``channels * height * width``
-        elements; standard normal when ``None``.
+        elements, or a function of the context that returns one, for example a module; standard
+        normal when ``None``.
     :param float low: value of the darkest pixels.
     :param float high: value of the brightest pixels.
     :raises ValueError: if a setting is out of its range or the image too small for the levels.
@@ -87,7 +89,7 @@ class ImageSplineFlow(nn.Module):
         dropout: float = 0.0,
         factor_out: bool = True,
         context_shape: Sequence[int] | None = None,
-        base: TorchDistribution | None = None,
+        base: TorchDistribution | Callable[..., TorchDistribution] | None = None,
         low: float = 0.0,
         high: float = 1.0,
     ) -> None:
@@ -133,12 +135,6 @@ class ImageSplineFlow(nn.Module):
         )
         self.base = base
         self.range = (low, high)
-        size = math.prod(self.image_shape)
-        if base is not None and base.event_shape != (size,):
-            raise ValueError(
-                f"the base distribution must be over vectors of {size} elements, got event_shape "
-                f"{tuple(base.event_shape)}"
-            )
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """
@@ -147,13 +143,12 @@ class ImageSplineFlow(nn.Module):
         :param Tensor context: shape ``batch_shape + context_shape``.
         :returns: a distribution with event shape ``(channels, height, width)``; its batch shape
             is that of the context, empty without one.
-        :raises ValueError: if a context is missing, not expected, or has the wrong shape.
+        :raises ValueError: if a context is missing, not expected, or has the wrong shape, or the
+            base distribution has another size.
         """
+        flat_context = self._flat_context(context)
         return FlowDistribution(
-            self.bijection,
-            self._base(),
-            self._flat_context(context),
-            event_shape=self.image_shape,
+            self.bijection, self._noise(context), flat_context, event_shape=self.image_shape
         )
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -178,12 +173,22 @@ class ImageSplineFlow(nn.Module):
             )
         initialize(self.bijection, x, self._flat_context(context))
 
-    def _base(self) -> TorchDistribution:
-        if self.base is not None:
-            return self.base
-        like = next(self.parameters())
-        zeros = like.new_zeros(math.prod(self.image_shape))
-        return Normal(zeros, torch.ones_like(zeros)).to_event(1)
+    def _noise(self, context: Tensor | None) -> TorchDistribution:
+        size = math.prod(self.image_shape)
+        base = self.base
+        if base is None:
+            like = next(self.bijection.parameters())
+            return Normal(like.new_zeros(size), like.new_ones(size), validate_args=False).to_event(
+                1
+            )
+        if not isinstance(base, Distribution):
+            base = base() if context is None else base(context)
+        if base.event_shape != (size,):
+            raise ValueError(
+                f"the base distribution must be over vectors of {size} elements, got event_shape "
+                f"{tuple(base.event_shape)}; independent numbers become one event by .to_event(1)"
+            )
+        return base
 
     def _flat_context(self, context: Tensor | None) -> Tensor | None:
         """The context as bijections take it: one vector for each image."""
