@@ -7,6 +7,7 @@ from .plane import Rings as Rings
 from .plane import RotatedGrid as RotatedGrid
 from .plane import TwoSpirals as TwoSpirals
 from .split import Split as Split
+from .tabular import load_tabular as load_tabular
 
 __all__ = [
     "Checkerboard",
@@ -15,5 +16,6 @@ __all__ = [
     "Split",
     "TwoSpirals",
     "digits",
+    "load_tabular",
     "natural_image_patches",
 ]
