@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import time
@@ -79,8 +80,8 @@ def fit_density(
 
     Minibatches are cast to the dtype and moved to the device of the flow's parameters; the data
     may stay elsewhere. Every row is used at most once before all are shuffled again. If the flow
-    has a method ``initialize``, for layers that start from data, it is called once with the first
-    minibatch (and its context) before the first step.
+    has a method ``initialize(x)`` or ``initialize(x, context)``, for layers that start from data,
+    it is called once with the first minibatch before the first step.
 
     Interrupted by Ctrl-C, it returns with a warning and keeps what was reached.
 
@@ -316,11 +317,12 @@ def _initialize(run: _Run, data: _Data) -> None:
     if initialize is None:
         return
     x, context = data.rows(run.next_batch(), run.parameter)
+    takes_context = len(inspect.signature(initialize).parameters) > 1
     with torch.no_grad():
-        if context is None:
-            initialize(x)
-        else:
+        if context is not None and takes_context:
             initialize(x, context)
+        else:
+            initialize(x)
 
 
 def _take_step(run: _Run, data: _Data, loss: Loss) -> float:

@@ -296,6 +296,17 @@ def test_initialization_sees_the_context() -> None:
     assert flow.calls == [((8, 2), (8, 3))]
 
 
+def test_initialization_may_do_without_the_context() -> None:
+    class FromDataAlone(AffineGaussian):
+        def initialize(self, x: Tensor) -> None:
+            self.mean.copy_(x.mean(0))
+
+    flow = FromDataAlone(2, 3)
+    train, context = 5.0 + torch.randn(40, 2), torch.randn(40, 3)
+    fit(flow, train, context=context, num_steps=1, batch_size=40, learning_rate=1e-9)
+    torch.testing.assert_close(flow.mean.detach(), train.mean(0))
+
+
 # ----------------------------------------------------------------------- steps that are not finite
 
 
