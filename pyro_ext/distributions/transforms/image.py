@@ -288,23 +288,28 @@ class ImageCoupling(Bijection):
 
         :param Tensor context: whatever the network takes, an image of this resolution.
         """
-        first, second = x.split((self.num_first, self.num_second), -3)
+        first, second = self._halves(x)
         parameters = self._second_parameters(first, context)
         first, first_log_slope = self.elementwise_map.forward(first, self.first_parameters)
-        second = second.expand(parameters.shape[:-1])
+        second = second.expand(parameters.shape[:-1]).contiguous()
         second, second_log_slope = self.elementwise_map.forward(second, parameters)
         log_det = first_log_slope.sum((-3, -2, -1)) + second_log_slope.sum((-3, -2, -1))
         return _concatenate(first, second), log_det
 
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Bijection.to_data`; the context is that of :meth:`to_noise`."""
-        first, second = z.split((self.num_first, self.num_second), -3)
+        first, second = self._halves(z)
         first, first_log_slope = self.elementwise_map.inverse(first, self.first_parameters)
         parameters = self._second_parameters(first, context)
-        second = second.expand(parameters.shape[:-1])
+        second = second.expand(parameters.shape[:-1]).contiguous()
         second, second_log_slope = self.elementwise_map.inverse(second, parameters)
         log_det = first_log_slope.sum((-3, -2, -1)) + second_log_slope.sum((-3, -2, -1))
         return _concatenate(first, second), log_det
+
+    def _halves(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = value.split((self.num_first, self.num_second), -3)
+        # splines search bins for every element, which wants them one after the other in memory
+        return first.contiguous(), second
 
     def _second_parameters(self, first: Tensor, context: Tensor | None) -> Tensor:
         output = self.network(first) if context is None else self.network(first, context)
