@@ -14,7 +14,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from pyro_ext.datasets import Checkerboard, Rings, RotatedGrid, TwoSpirals
+from pyro_ext.datasets import Checkerboard, Rings, RotatedGrid, TwoSpirals, plane
 
 # a square that holds all but a negligible part of each density
 DENSITIES: dict[str, tuple[Callable[[], dist.TorchDistribution], float]] = {
@@ -127,8 +127,23 @@ def test_dtypes_follow_the_parameters(
     assert draws.dtype == dtype
     log_prob = density.log_prob(draws)
     assert log_prob.dtype == dtype
-    # no draw of a checkerboard is rounded over an edge
     assert log_prob.isfinite().all()
+
+
+@pytest.mark.parametrize("side", [0.1, 0.3, 1.0, 7.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_no_draw_is_rounded_over_an_edge(
+    side: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest and the largest number that ``torch.rand`` can return."""
+    board = Checkerboard(side=torch.tensor(side, dtype=dtype))
+    for extreme in (0.0, 1 - torch.finfo(dtype).eps / 2):
+        monkeypatch.setattr(
+            plane, "_uniform", lambda shape, like, u=extreme: like.new_full(shape, u)
+        )
+        draws = board.sample((1000,))
+        assert draws.dtype == dtype
+        assert board.log_prob(draws).isfinite().all()
 
 
 # -------------------------------------------------------------------------- formulas, one by one
