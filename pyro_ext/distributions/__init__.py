@@ -3,7 +3,23 @@
 from pyro.distributions import *  # noqa: F403
 from pyro.distributions import __all__ as _of_pyro
 
+from .dequantization import Dequantized as Dequantized
+from .dequantization import DequantizedFlow as DequantizedFlow
+from .dequantization import UniformDequantization as UniformDequantization
+from .dequantization import VariationalDequantization as VariationalDequantization
+from .dequantization import bits_per_dimension as bits_per_dimension
 from .flow import FlowDistribution as FlowDistribution
+from .image_flow import ImageSplineFlow as ImageSplineFlow
 from .spline_flow import NeuralSplineFlow as NeuralSplineFlow
 
-__all__ = [*_of_pyro, "FlowDistribution", "NeuralSplineFlow"]
+__all__ = [
+    *_of_pyro,
+    "Dequantized",
+    "DequantizedFlow",
+    "FlowDistribution",
+    "ImageSplineFlow",
+    "NeuralSplineFlow",
+    "UniformDequantization",
+    "VariationalDequantization",
+    "bits_per_dimension",
+]

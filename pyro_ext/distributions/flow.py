@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -28,7 +30,7 @@ class FlowDistribution(TorchDistribution):
     :param support: where the data lie, all real numbers by default.
     """
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(
         self,
@@ -156,12 +158,13 @@ class BijectionTransform(Transform):
 
     @property
     def domain(self) -> constraints.Constraint:
-        """All real numbers."""
-        return constraints.independent(constraints.real, self.bijection.event_dim)
+        """All real numbers, in the shape of the noise."""
+        dims = self.bijection.noise_event_dim or self.bijection.event_dim
+        return constraints.independent(constraints.real, dims)
 
     @property
     def codomain(self) -> constraints.Constraint:
-        """All real numbers."""
+        """All real numbers, in the shape of the data."""
         return constraints.independent(constraints.real, self.bijection.event_dim)
 
     @property

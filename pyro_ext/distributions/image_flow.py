@@ -124,7 +124,6 @@ class ImageSplineFlow(nn.Module):
                 layers.append(InvertibleConvolution(channels))
                 layers.append(ImageCoupling(channels, elementwise_map, network))
             composite = Composite([*layers, InvertibleConvolution(channels)])
-            composite.event_dim = 3
             return composite
 
         self.bijection = MultiScale(

@@ -154,11 +154,12 @@ class NeuralSplineFlow(nn.Module):
             self.bijection, self._noise(context), context, support=self._support()
         )
 
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """
         Take mean and scale of the data into the first layer; in a box nothing has to be done.
 
         :param Tensor x: data, shape ``(n, features)``.
+        :param Tensor context: not used.
         """
         first = self.bijection.bijections[0]
         if self._box is None and isinstance(first, Standardize):
@@ -171,7 +172,7 @@ class NeuralSplineFlow(nn.Module):
                 return UnitBox(self._loc)
             scale = torch.ones_like(self._loc)
             return dist.Normal(self._loc, scale, validate_args=False).to_event(1)
-        if not isinstance(base, dist.TorchDistribution):
+        if not isinstance(base, torch.distributions.Distribution):
             base = base() if context is None else base(context)
         if base.event_shape != (self.features,):
             raise ValueError(

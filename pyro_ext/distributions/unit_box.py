@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -19,7 +21,7 @@ class UnitBox(TorchDistribution):
     :param Tensor like: gives dtype, device and the number of features, shape ``(features,)``.
     """
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.independent(constraints.unit_interval, 1)
     has_rsample = True
 

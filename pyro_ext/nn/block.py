@@ -70,7 +70,8 @@ class ResidualBlock(nn.Module):
         self.first, self.second = layers
         self.gate = gate
         self.activation = activation
-        self.dropout = nn.Dropout(dropout)
+        # a dropout of zero would still draw a mask
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.batch_norms = nn.ModuleList(batch_norms)
         for parameter in self.second.parameters():
             nn.init.uniform_(parameter, -1e-3, 1e-3)

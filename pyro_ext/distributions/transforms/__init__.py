@@ -12,7 +12,13 @@ from .bijection import Composite as Composite
 from .bijection import Inverse as Inverse
 from .coupling import Coupling as Coupling
 from .elementwise import ElementwiseMap as ElementwiseMap
+from .image import ActNorm as ActNorm
+from .image import ImageCoupling as ImageCoupling
+from .image import InvertibleConvolution as InvertibleConvolution
+from .image import PixelRange as PixelRange
+from .image import Squeeze as Squeeze
 from .linear import LULinear as LULinear
+from .multiscale import MultiScale as MultiScale
 from .permutation import Permutation as Permutation
 from .permutation import random_cycle as random_cycle
 from .quadratic import QuadraticSpline as QuadraticSpline
@@ -20,6 +26,7 @@ from .rational_quadratic import RationalQuadraticSpline as RationalQuadraticSpli
 from .standardize import Standardize as Standardize
 
 __all__ = [
+    "ActNorm",
     "Additive",
     "Affine",
     "Autoregressive",
@@ -27,11 +34,16 @@ __all__ = [
     "Composite",
     "Coupling",
     "ElementwiseMap",
+    "ImageCoupling",
     "Inverse",
+    "InvertibleConvolution",
     "LULinear",
+    "MultiScale",
     "Permutation",
+    "PixelRange",
     "QuadraticSpline",
     "RationalQuadraticSpline",
+    "Squeeze",
     "Standardize",
     "random_cycle",
 ]

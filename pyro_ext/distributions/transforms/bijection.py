@@ -21,7 +21,10 @@ class Bijection(nn.Module, ABC):
     """
 
     event_dim: int = 1
-    """Dimensions of one value, counted from the right: 1 for vectors, 3 for images."""
+    """Dimensions of one datum, counted from the right: 1 for vectors, 3 for images."""
+
+    noise_event_dim: int | None = None
+    """Dimensions of the noise of one datum, if they are not :attr:`event_dim`."""
 
     @abstractmethod
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -54,6 +57,9 @@ class Composite(Bijection):
     def __init__(self, bijections: Iterable[Bijection]) -> None:
         super().__init__()
         self.bijections = nn.ModuleList(bijections)
+        first, last = self.bijections[0], self.bijections[-1]
+        self.event_dim = first.event_dim
+        self.noise_event_dim = last.noise_event_dim or last.event_dim
 
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply every layer; see :meth:`Bijection.to_noise`."""
@@ -65,7 +71,7 @@ class Composite(Bijection):
 
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo every layer, the last one first; see :meth:`Bijection.to_data`."""
-        log_det = z.new_zeros(z.shape[: z.dim() - self.event_dim])
+        log_det = z.new_zeros(z.shape[: z.dim() - (self.noise_event_dim or self.event_dim)])
         for bijection in reversed(self.bijections):
             z, log_det_of_one = bijection.to_data(z, context)
             log_det = log_det + log_det_of_one
@@ -85,7 +91,8 @@ class Inverse(Bijection):
     def __init__(self, bijection: Bijection) -> None:
         super().__init__()
         self.bijection = bijection
-        self.event_dim = bijection.event_dim
+        self.event_dim = bijection.noise_event_dim or bijection.event_dim
+        self.noise_event_dim = bijection.event_dim
 
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Bijection.to_noise`."""

@@ -55,14 +55,14 @@ class Coupling(Bijection):
 
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Bijection.to_noise`."""
-        own = self.parameters_of_conditioning
-        if self.network is None:
-            z, log_slope = self.elementwise_map.forward(x, own)
-            return z, log_slope.sum(-1)
-        x1, x2 = x.split([self.conditioning_features, self.transformed_features], -1)
-        z1, log_slope1 = self.elementwise_map.forward(x1, own)
-        z2, log_slope2 = self.elementwise_map.forward(x2, self._predict(x1, context))
-        return torch.cat([z1, z2], -1), log_slope1.sum(-1) + log_slope2.sum(-1)
+        parameters = self.parameters_of_conditioning
+        if self.network is not None:
+            predicted = self._predict(x[..., : self.conditioning_features], context)
+            own = parameters.expand(*predicted.shape[:-2], -1, -1)
+            # All features in one call: its cost is mostly the number of operations.
+            parameters = torch.cat([own, predicted], -2)
+        z, log_slope = self.elementwise_map.forward(x, parameters)
+        return z, log_slope.sum(-1)
 
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Bijection.to_data`."""

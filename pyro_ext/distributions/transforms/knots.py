@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["bounded", "bounded_exp", "check_min_ratio", "check_spline_settings", "working_dtype"]
+__all__ = [
+    "bounded",
+    "bounded_exp",
+    "bounded_slope",
+    "check_min_ratio",
+    "check_spline_settings",
+    "working_dtype",
+]
 
 
 def bounded(parameters: Tensor, min_ratio: float) -> Tensor:
@@ -26,35 +32,6 @@ def _limit(min_ratio: float) -> float:
     return -0.5 * math.log(min_ratio)
 
 
-class _BoundedExp(torch.autograd.Function):
-    """:func:`bounded_exp` with its derivative in closed form: a third of the memory traffic."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(parameters: Tensor, limit: float) -> Tensor:
-        return torch.div(parameters, parameters.abs().div_(limit).add_(1.0)).exp_()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        parameters, ctx.limit = inputs
-        ctx.save_for_backward(parameters, output)
-        ctx.save_for_forward(parameters, output)
-
-    @staticmethod
-    def _slope(ctx: Any) -> Tensor:
-        parameters, output = ctx.saved_tensors
-        return parameters.abs().div_(ctx.limit).add_(1.0).pow_(-2).mul_(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return grad_output * _BoundedExp._slope(ctx), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return tangent * _BoundedExp._slope(ctx)
-
-
 def bounded_exp(parameters: Tensor, min_ratio: float) -> Tensor:
     r"""
     Positive numbers of which no two differ by more than a given ratio.
@@ -67,7 +44,18 @@ def bounded_exp(parameters: Tensor, min_ratio: float) -> Tensor:
     :param float min_ratio: the smallest ratio r of two results, in (0, 1).
     :returns: positive numbers of the same shape.
     """
-    return _BoundedExp.apply(parameters, _limit(min_ratio))
+    return torch.exp(bounded(parameters, min_ratio))
+
+
+def bounded_slope(parameters: Tensor, min_ratio: float) -> Tensor:
+    """
+    The derivative of :func:`bounded`.
+
+    :param Tensor parameters: any real numbers.
+    :param float min_ratio: r there, in (0, 1).
+    :returns: numbers in (0, 1], of the same shape.
+    """
+    return (1.0 + parameters.abs() / _limit(min_ratio)).pow(-2)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ __all__ = ["LULinear"]
 
 class LULinear(Bijection):
     r"""
-    :math:`z = L U P x + b`, with a fixed permutation :math:`P` and a determinant that costs nothing.
+    :math:`z = L U P x + b`, with a fixed permutation :math:`P` and a determinant for free.
 
     :math:`L` is lower triangular with a unit diagonal, :math:`U` upper triangular with a positive
     one, so that :math:`\log|\det| = \sum_i \log U_{ii}`. At the start :math:`L U` is the identity.

@@ -116,7 +116,7 @@ class QuadraticSpline(ElementwiseMap):
         ends = pieces.cumsum(-1)
         ends = ends / ends[..., -1:]
         searched = ends.detach()[..., int(search_values), :]
-        u = ((x.detach() - self.low) / length)[..., None]
+        u = ((x.detach() - self.low) / length).unsqueeze(-1).contiguous()
         searched = searched.expand(*x.shape, K).contiguous()
         k = torch.searchsorted(searched, u, right=True).clamp(max=K - 1)
 
