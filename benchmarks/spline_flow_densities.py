@@ -1,0 +1,508 @@
+"""Densities that spline flows learn: pyro_ext beside nflows, zuko and Pyro.
+
+Claim: with the same architecture, batches and steps, the density comes at least as close to the
+truth, in the plane where that is known, and predicts held-out images at least as well.
+
+    python benchmarks/spline_flow_densities.py plane         # gap to four known densities
+    python benchmarks/spline_flow_densities.py plane-large   # ours alone, trained for longer
+    python benchmarks/spline_flow_densities.py images        # patches of photographs, and digits
+
+All libraries go through the same loop: Adam, its step size falling to zero along half a cosine,
+gradients shortened to norm 5, the same minibatches of standardised data in float32, one thread.
+Log-densities are in nats, in the units of the data.
+
+Every finished run is a line of ``benchmarks/output/spline_flow_<part>.jsonl``: started again with
+the same settings, the script does what is missing. Delete the file to do it all again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from benchmarks._report import OUTPUT, progress, threads_in_words, write_table
+from benchmarks.peers.spline_flows import OURS, BuiltFlow, Setting, build, count_parameters
+from pyro_ext.datasets import (
+    Checkerboard,
+    Rings,
+    RotatedGrid,
+    TwoSpirals,
+    digits,
+    natural_image_patches,
+)
+
+NAME = "spline_flow"
+PEERS = ["torch", "pyro-ppl", "nflows", "zuko"]
+DENSITIES: dict[str, Callable[..., TorchDistribution]] = {
+    "grid": RotatedGrid,
+    "checkerboard": Checkerboard,
+    "spirals": TwoSpirals,
+    "rings": Rings,
+}
+NUM_TRAIN, NUM_TEST = 200_000, 20_000
+MAX_GRADIENT_NORM = 5.0
+FIGURE = os.path.join(os.path.dirname(OUTPUT), "..", "docs", "images", "spline_flow_plane.png")
+
+
+class Data(NamedTuple):
+    """Standardised data; log-densities of them plus the offset are in the wanted units."""
+
+    train: Tensor
+    test: Tensor
+    offset: float
+    mean: Tensor
+    std: Tensor
+    validation: Tensor | None = None
+
+
+class Training(NamedTuple):
+    steps: int
+    batch: int
+    learning_rate: float
+    cpu_seconds: float = math.inf  # stop then, if the steps are not done
+    evaluate_every: int = 50  # only with validation data
+    patience: int = 10  # evaluations without improvement
+
+
+class Fit(NamedTuple):
+    """What happened in the training."""
+
+    steps: int
+    skipped: int  # loss or gradient was not finite
+    cpu_seconds: float
+    best_step: int  # whose weights were kept
+
+
+# -- the same training for all ------------------------------------------------------------------
+
+
+def fit(flow: BuiltFlow, data: Data, training: Training, seed: int) -> Fit:
+    """Maximum likelihood in place; the weights that are best on validation data, if there are."""
+    optimizer = torch.optim.Adam(flow.module.parameters(), lr=training.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    best_value, best_step, best_weights = -math.inf, 0, None
+    start, step, skipped = time.process_time(), 0, 0
+    flow.module.train()
+    while step < training.steps:
+        spent = (time.process_time() - start) / training.cpu_seconds
+        if spent >= 1:
+            break
+        done = max(step / training.steps, spent)
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        rows = torch.randint(len(data.train), (training.batch,), generator=generator)
+        skipped += not take_step(flow, optimizer, data.train[rows])
+        step += 1
+        if data.validation is not None and step % training.evaluate_every == 0:
+            value = float(log_densities(flow, data.validation).mean())
+            if value > best_value:
+                best_value, best_step = value, step
+                best_weights = copy.deepcopy(flow.module.state_dict())
+            elif step - best_step >= training.patience * training.evaluate_every:
+                break
+    if best_weights is not None:
+        flow.module.load_state_dict(best_weights)
+    return Fit(step, skipped, time.process_time() - start, best_step or step)
+
+
+def take_step(flow: BuiltFlow, optimizer: torch.optim.Optimizer, x: Tensor) -> bool:
+    """One step on a minibatch, unless loss or gradient are not finite."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = -flow.log_prob(x).mean()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(flow.module.parameters(), MAX_GRADIENT_NORM)
+    is_finite = bool(loss.isfinite() & norm.isfinite())
+    if is_finite:
+        optimizer.step()
+    return is_finite
+
+
+def log_densities(flow: BuiltFlow, x: Tensor) -> Tensor:
+    was_training = flow.module.training
+    flow.module.eval()
+    with torch.no_grad():
+        values = torch.cat([flow.log_prob(part) for part in x.split(4096)]).double()
+    flow.module.train(was_training)
+    return values
+
+
+def standardized(
+    train: Tensor, test: Tensor, validation: Tensor | None = None, offset: float = 0.0
+) -> Data:
+    """In float32; an offset is for data that have been scaled before."""
+    mean, std = train.mean(0), train.std(0).clamp_min(1e-3)
+
+    def scaled(x: Tensor) -> Tensor:
+        return ((x - mean) / std).float()
+
+    return Data(
+        scaled(train),
+        scaled(test),
+        offset - float(std.log().sum()),
+        mean,
+        std,
+        None if validation is None else scaled(validation),
+    )
+
+
+# -- finished runs ------------------------------------------------------------------------------
+
+
+class Runs:
+    """The finished runs of a part, a line of JSON for each."""
+
+    def __init__(self, part: str) -> None:
+        os.makedirs(OUTPUT, exist_ok=True)
+        self.path = os.path.join(OUTPUT, f"{NAME}_{part}.jsonl")
+        self.rows: list[dict[str, Any]] = []
+        if os.path.exists(self.path):
+            with open(self.path) as file:
+                self.rows = [json.loads(line) for line in file if line.endswith("\n")]
+
+    def get(self, key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result for these settings, from the file or else by running."""
+        key = json.loads(json.dumps(key))
+        for row in self.rows:
+            if row["key"] == key:
+                return row["result"]
+        progress(", ".join(f"{name} {value}" for name, value in key.items()))
+        row = {"key": key, "result": run()}
+        progress(f"  {row['result']}")
+        self.rows.append(row)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row["result"]
+
+
+# -- the plane ----------------------------------------------------------------------------------
+
+
+def plane_data(density: str, seed: int) -> tuple[Data, Tensor]:
+    """Training and test points, and the true log-densities of the latter."""
+    torch.manual_seed(100 + seed)
+    scale = {"checkerboard": "side"}.get(density, "std")
+    default = getattr(DENSITIES[density](), scale)
+    truth = DENSITIES[density](**{scale: default.double()})
+    train, test = truth.sample((NUM_TRAIN,)), truth.sample((NUM_TEST,))
+    return standardized(train, test), truth.log_prob(test)
+
+
+def plane_run(
+    density: str, library: str, setting: Setting, training: Training, seed: int, keep: str = ""
+) -> dict[str, Any]:
+    """Train a flow and measure its gap; ``keep`` is a path for its weights."""
+    data, true_log_densities = plane_data(density, seed)
+    torch.manual_seed(seed)
+    flow = build(library, setting)
+    done = fit(flow, data, training, seed)
+    gaps = true_log_densities - log_densities(flow, data.test) - data.offset
+    if keep:
+        state = {"flow": flow.module.state_dict(), "mean": data.mean, "std": data.std}
+        torch.save(state, keep)
+    return {
+        "gap": float(gaps.mean()),
+        "standard error": float(gaps.std()) / math.sqrt(len(gaps)),
+        "parameters": count_parameters(flow.module),
+        **done._asdict(),
+    }
+
+
+def plane(args: argparse.Namespace) -> None:
+    runs = Runs("plane")
+    training = Training(args.steps or 2_000, 512, 1e-3)
+    rows = []
+    for density in args.densities:
+        for kind in args.kinds:
+            for library in args.libraries:
+                if kind == "AR" and (density != "grid" or library == "zuko"):
+                    continue  # at two features, zuko's autoregressive flow is its coupling flow
+                setting = Setting(2, 4, 64, 2, 32, coupling=kind == "C")
+                results = [
+                    runs.get(
+                        {
+                            "density": density,
+                            "library": library,
+                            **setting._asdict(),
+                            "steps": training.steps,
+                            "seed": seed,
+                        },
+                        lambda d=density, b=library, s=setting, i=seed: plane_run(
+                            d, b, s, training, i
+                        ),
+                    )
+                    for seed in args.seeds
+                ]
+                rows.append(plane_row(density, library, kind, args.seeds, results))
+    write_table(f"{NAME}_plane", rows, f"{threads_in_words(1)}, {training.steps} steps", PEERS)
+
+
+def plane_row(
+    density: str, library: str, kind: str, seeds: Sequence[int], results: list[dict[str, Any]]
+) -> dict[str, str]:
+    row = {
+        "density": density,
+        "flow": f"RQ-NSF ({kind})",
+        "library": library,
+        "parameters": f"{results[0]['parameters']:,}",
+    }
+    for seed, result in zip(seeds, results, strict=True):
+        row[f"gap, seed {seed}"] = f"{result['gap']:.3f}"
+    row["mean gap"] = f"{statistics.mean(result['gap'] for result in results):.3f}"
+    row["standard error"] = f"{max(result['standard error'] for result in results):.3f}"
+    row["CPU s"] = f"{statistics.mean(result['cpu_seconds'] for result in results):.0f}"
+    row["skipped steps"] = f"{sum(result['skipped'] for result in results)}"
+    return row
+
+
+# -- the plane, as in the paper -----------------------------------------------------------------
+
+
+def plane_large(args: argparse.Namespace) -> None:
+    """Two coupling layers of 128 bins, figure 2 of the paper; affine ones as in its figure 4."""
+    runs = Runs("plane_large")
+    training = Training(args.steps or 20_000, args.batch, 1e-3, cpu_seconds=600.0)
+    rows = []
+    for density in args.densities:
+        for spline in ("rational_quadratic", "affine"):
+            setting = Setting(2, 2, args.hidden, 2, 128, spline=spline)
+            key = {
+                "density": density,
+                **setting._asdict(),
+                "steps": training.steps,
+                "batch": training.batch,
+            }
+            keep = weights_path(density, spline)
+            result = runs.get(
+                key,
+                lambda d=density, s=setting, k=keep: plane_run(d, OURS, s, training, 0, k),
+            )
+            rows.append(
+                {
+                    "density": density,
+                    "flow": "RQ-NSF (C)" if spline == "rational_quadratic" else "affine coupling",
+                    "parameters": f"{result['parameters']:,}",
+                    "steps": f"{result['steps']:,}",
+                    "gap": f"{result['gap']:.3f}",
+                    "standard error": f"{result['standard error']:.3f}",
+                    "CPU s": f"{result['cpu_seconds']:.0f}",
+                }
+            )
+    how = f"{threads_in_words(1)}, {args.hidden} hidden units, batches of {args.batch}"
+    write_table(f"{NAME}_plane_large", rows, how, ["torch", "pyro-ppl"])
+    draw_plane(args.densities, args.hidden)
+
+
+def weights_path(density: str, spline: str) -> str:
+    return os.path.join(OUTPUT, f"{NAME}_plane_{density}_{spline}.pt")
+
+
+def draw_plane(densities: Sequence[str], hidden: int) -> None:
+    """A row for each density: data, density and draws of the spline flow, affine density."""
+    from matplotlib.figure import Figure
+
+    columns = ["Training data", "RQ-NSF (C), density", "RQ-NSF (C), draws", "Affine, density"]
+    figure = Figure(figsize=(8.0, 2.05 * len(densities)), layout="constrained")
+    grid = figure.subplots(len(densities), len(columns), squeeze=False)
+    for axes, density in zip(grid, densities, strict=True):
+        torch.manual_seed(0)
+        points = DENSITIES[density]().sample((NUM_TRAIN,))
+        half = 1.1 * float(points.abs().quantile(0.9999))
+        pictures = [histogram(points, half)]
+        for spline in ("rational_quadratic", "affine"):
+            setting = Setting(2, 2, hidden, 2, 128, spline=spline)
+            flow, mean, std = load_plane_flow(density, setting)
+            pictures.append(density_on_grid(flow, mean, std, half))
+            if spline == "rational_quadratic":
+                with torch.no_grad():
+                    draws = torch.cat([flow.sample(20_000) for _ in range(10)])
+                pictures.append(histogram(draws * std + mean, half))
+        # the brightest colour is that of the data, so that all pictures compare
+        brightest = float(pictures[0].flatten().quantile(0.999))
+        for ax, picture in zip(axes, pictures, strict=True):
+            ax.imshow(picture.T, origin="lower", vmin=0.0, vmax=brightest, cmap="inferno")
+            ax.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(density.capitalize())
+    for ax, title in zip(grid[0], columns, strict=True):
+        ax.set_title(title, fontsize=10)
+    os.makedirs(os.path.dirname(FIGURE), exist_ok=True)
+    figure.savefig(FIGURE, dpi=140, pil_kwargs={"optimize": True})
+
+
+def load_plane_flow(density: str, setting: Setting) -> tuple[BuiltFlow, Tensor, Tensor]:
+    state = torch.load(weights_path(density, setting.spline), weights_only=True)
+    flow = build(OURS, setting)
+    flow.module.load_state_dict(state["flow"])
+    flow.module.eval()
+    return flow, state["mean"].float(), state["std"].float()
+
+
+def histogram(points: Tensor, half: float, cells: int = 200) -> Tensor:
+    """Density of points on the square ``[-half, half]^2``, by counting."""
+    counts = torch.histogramdd(points.cpu(), cells, range=[-half, half] * 2).hist
+    return counts / len(points) / (2 * half / cells) ** 2
+
+
+def density_on_grid(
+    flow: BuiltFlow, mean: Tensor, std: Tensor, half: float, cells: int = 200
+) -> Tensor:
+    centres = half * (2 * torch.arange(cells) + 1 - cells) / cells
+    points = (torch.cartesian_prod(centres, centres) - mean) / std
+    return (log_densities(flow, points) - float(std.log().sum())).exp().reshape(cells, cells)
+
+
+# -- images -------------------------------------------------------------------------------------
+
+
+class Model(NamedTuple):
+    library: str
+    label: str
+    coupling: bool
+    spline: str = "rational_quadratic"
+
+
+MODELS = (
+    Model(OURS, "Glow, affine (C)", True, "affine"),
+    Model(OURS, "Q-NSF (C)", True, "quadratic"),
+    Model(OURS, "RQ-NSF (C)", True),
+    Model("nflows", "RQ-NSF (C)", True),
+    Model("zuko", "RQ-NSF (C)", True),
+    Model("Pyro", "RQ spline coupling", True),
+    Model(OURS, "MAF, affine (AR)", False, "affine"),
+    Model(OURS, "RQ-NSF (AR)", False),
+)
+
+
+def patches_data() -> Data:
+    split = natural_image_patches()
+    return standardized(split.train.double(), split.test.double())
+
+
+def digits_data() -> Data:
+    """Dequantised; nats of the discrete image, as a grey level is 1/17 wide."""
+    split = digits(flat=True)
+    generator = torch.Generator().manual_seed(0)
+    train, validation, test = (
+        (x + torch.rand(x.shape, generator=generator, dtype=torch.float64)) / 17
+        for x in (split.train, split.validation, split.test)
+    )
+    return standardized(train, test, validation, offset=-64 * math.log(17))
+
+
+IMAGES = {
+    "patches": (patches_data, 128, Training(2_000, 256, 1e-3)),
+    "digits": (digits_data, 64, Training(2_000, 128, 5e-4)),
+}
+
+
+def image_run(data: Data, model: Model, setting: Setting, training: Training) -> dict[str, Any]:
+    torch.manual_seed(0)
+    flow = build(model.library, setting)
+    done = fit(flow, data, training, 0)
+    return {
+        **mean_and_error(log_densities(flow, data.test) + data.offset),
+        "parameters": count_parameters(flow.module),
+        **done._asdict(),
+    }
+
+
+def mean_and_error(values: Tensor) -> dict[str, float]:
+    return {
+        "log-likelihood": float(values.mean()),
+        "standard error": float(values.std()) / math.sqrt(len(values)),
+    }
+
+
+def gaussian_run(data: Data) -> dict[str, Any]:
+    """A full-covariance Gaussian, below which no flow should fall."""
+    x = data.train.double()
+    covariance = x.T.cov() + 1e-6 * torch.eye(x.shape[1])
+    gaussian = torch.distributions.MultivariateNormal(x.mean(0), covariance)
+    size = x.shape[1]
+    return {
+        **mean_and_error(gaussian.log_prob(data.test.double()) + data.offset),
+        "parameters": size + size * (size + 1) // 2,
+        **Fit(0, 0, 0.0, 0)._asdict(),
+    }
+
+
+def images(args: argparse.Namespace) -> None:
+    runs = Runs("images")
+    for name, (load, hidden, training) in IMAGES.items():
+        training = training._replace(steps=args.steps or training.steps)
+        data = load()
+        gaussian = runs.get({"data": name, "model": "Gaussian"}, lambda d=data: gaussian_run(d))
+        rows = [image_row("-", "Gaussian, full covariance", gaussian)]
+        for model in MODELS:
+            if model.library not in args.image_libraries:
+                continue
+            setting = Setting(
+                data.train.shape[1], 5, hidden, 1, coupling=model.coupling, spline=model.spline
+            )
+            key = {
+                "data": name,
+                "library": model.library,
+                **setting._asdict(),
+                "steps": training.steps,
+            }
+            result = runs.get(
+                key,
+                lambda d=data, m=model, s=setting, t=training: image_run(d, m, s, t),
+            )
+            rows.append(image_row(model.library, model.label, result))
+        how = f"{threads_in_words(1)}, at most {training.steps} steps"
+        write_table(f"{NAME}_{name}", rows, how, [*PEERS, "scikit-learn"])
+
+
+def image_row(library: str, label: str, result: dict[str, Any]) -> dict[str, str]:
+    return {
+        "library": library,
+        "model": label,
+        "parameters": f"{result['parameters']:,}",
+        "test log-likelihood, nats": f"{result['log-likelihood']:.1f}",
+        "standard error": f"{result['standard error']:.1f}",
+        "weights of step": f"{result['best_step']}",
+        "skipped steps": f"{result['skipped']}",
+        "CPU s": f"{result['cpu_seconds']:.0f}",
+    }
+
+
+PARTS = {"plane": plane, "plane-large": plane_large, "images": images}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all")
+    parser.add_argument("--libraries", nargs="+", help="default: all of the part")
+    parser.add_argument("--densities", nargs="+", choices=DENSITIES, default=list(DENSITIES))
+    parser.add_argument("--kinds", nargs="+", choices=("C", "AR"), default=["C", "AR"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="plane")
+    parser.add_argument("--steps", type=int, help="default: 2,000; plane-large: 20,000")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden units, plane-large")
+    parser.add_argument("--batch", type=int, default=512, help="plane-large")
+    args = parser.parse_args()
+    args.image_libraries = args.libraries or [OURS, "nflows", "zuko", "Pyro"]
+    args.libraries = args.libraries or ["nflows", OURS, "zuko"]
+    warnings.simplefilter("ignore")  # of the peers, about functions that torch will remove
+    torch.set_num_threads(1)
+    for part, run in PARTS.items():
+        if args.part in ("all", part):
+            run(args)
+
+
+if __name__ == "__main__":
+    main()
