@@ -13,9 +13,9 @@ are. A library that checks its inverse raises an error for a whole batch; batche
 the other columns are of the batches that went through.
 
 What stretches much cannot be inverted in float32, whatever the code: *inverse in float64* is the
-error when the value in float32 is taken back in double precision. It shows how much is lost already;
-the inverse in float32 can come out below it, as it shares the rounding of the knots with the
-forward direction. Libraries also scale what their networks predict differently, so that equal
+error when the value in float32 is taken back in double precision. It shows how much is lost
+already; the inverse in float32 can come out below it, as it shares the rounding of the knots with
+the forward direction. Libraries also scale what their networks predict differently, so that equal
 weights do not make equal flows.
 """
 

@@ -172,7 +172,11 @@ class Runs:
         self.rows: list[dict[str, Any]] = []
         if os.path.exists(self.path):
             with open(self.path) as file:
-                self.rows = [json.loads(line) for line in file if line.endswith("\n")]
+                # a line without an end was interrupted
+                lines = [line for line in file if line.endswith("\n")]
+            self.rows = [json.loads(line) for line in lines]
+            with open(self.path, "w") as file:
+                file.writelines(lines)
 
     def get(self, key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result for these settings, from the file or else by running."""

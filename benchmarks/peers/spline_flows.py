@@ -6,10 +6,10 @@ map at the end. The networks have ``blocks`` residual blocks of two layers, or a
 without the residual connections where a library has none. Where the libraries differ:
 
 * zuko's coupling is the one it documents, an autoregressive layer with ``passes=2``, whose masked
-  network sees all features; "zuko, plain network" is its ``GeneralCouplingTransform``, which
+  network sees all features; "zuko (plain network)" is its ``GeneralCouplingTransform``, which
   leaves the conditioning features as they are;
 * Pyro has no LU-decomposed map on vectors, so that permutations alone mix its features. Its
-  autoregressive layer runs its network when it draws; "Pyro, .inv" turns it round;
+  autoregressive layer runs its network when it draws; "Pyro (.inv)" turns it round;
 * "dense layers only" is no flow. It runs the dense layers of the networks as often as an
   implementation without further ideas must: what is above it is the splines and the linear maps.
 
@@ -35,8 +35,8 @@ from pyro_ext.distributions.spline_flow import NeuralSplineFlow
 __all__ = ["AUTOREGRESSIVE", "COUPLING", "BuiltFlow", "Setting", "build", "count_parameters"]
 
 OURS = "pyro_ext"
-ZUKO_PLAIN = "zuko, plain network"
-PYRO_INVERSE = "Pyro, .inv"
+ZUKO_PLAIN = "zuko (plain network)"
+PYRO_INVERSE = "Pyro (.inv)"
 FLOOR = "dense layers only"
 
 COUPLING = ("nflows", OURS, "zuko", ZUKO_PLAIN, "normflows", "Pyro", FLOOR)
