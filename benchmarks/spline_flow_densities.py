@@ -282,19 +282,22 @@ def plane_large(args: argparse.Namespace) -> None:
     training = Training(args.steps or 20_000, args.batch, 1e-3, cpu_seconds=600.0)
     rows = []
     for density in args.densities:
+        steps = training.steps
         for spline in ("rational_quadratic", "affine"):
             setting = Setting(2, 2, args.hidden, 2, 128, spline=spline)
             key = {
                 "density": density,
                 **setting._asdict(),
-                "steps": training.steps,
+                "steps": steps,
                 "batch": training.batch,
             }
-            keep = weights_path(density, spline)
             result = runs.get(
                 key,
-                lambda d=density, s=setting, k=keep: plane_run(d, OURS, s, training, 0, k),
+                lambda d=density, s=setting, t=training._replace(steps=steps): plane_run(
+                    d, OURS, s, t, 0, weights_path(d, s)
+                ),
             )
+            steps = result["steps"]  # time may have ended it; the affine flow gets no more
             rows.append(
                 {
                     "density": density,
@@ -311,8 +314,8 @@ def plane_large(args: argparse.Namespace) -> None:
     draw_plane(args.densities, args.hidden)
 
 
-def weights_path(density: str, spline: str) -> str:
-    return os.path.join(OUTPUT, f"{NAME}_plane_{density}_{spline}.pt")
+def weights_path(density: str, setting: Setting) -> str:
+    return os.path.join(OUTPUT, f"{NAME}_plane_{density}_{setting.spline}_{setting.hidden}.pt")
 
 
 def draw_plane(densities: Sequence[str], hidden: int) -> None:
@@ -348,7 +351,7 @@ def draw_plane(densities: Sequence[str], hidden: int) -> None:
 
 
 def load_plane_flow(density: str, setting: Setting) -> tuple[BuiltFlow, Tensor, Tensor]:
-    state = torch.load(weights_path(density, setting.spline), weights_only=True)
+    state = torch.load(weights_path(density, setting), weights_only=True)
     flow = build(OURS, setting)
     flow.module.load_state_dict(state["flow"])
     flow.module.eval()
