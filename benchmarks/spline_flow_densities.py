@@ -18,23 +18,23 @@ the same settings, the script does what is missing. Delete the file to do it all
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import os
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks._fit import Data, Fit, Training, fit, log_densities, standardized
 from benchmarks._report import OUTPUT, progress, threads_in_words, write_table
 from benchmarks.peers.spline_flows import OURS, BuiltFlow, Setting, build, count_parameters
 from pyro_ext.datasets import (
@@ -55,109 +55,7 @@ DENSITIES: dict[str, Callable[..., TorchDistribution]] = {
     "rings": Rings,
 }
 NUM_TRAIN, NUM_TEST = 200_000, 20_000
-MAX_GRADIENT_NORM = 5.0
 FIGURE = os.path.join(os.path.dirname(OUTPUT), "..", "docs", "images", "spline_flow_plane.png")
-
-
-class Data(NamedTuple):
-    """Standardised data; log-densities of them plus the offset are in the wanted units."""
-
-    train: Tensor
-    test: Tensor
-    offset: float
-    mean: Tensor
-    std: Tensor
-    validation: Tensor | None = None
-
-
-class Training(NamedTuple):
-    steps: int
-    batch: int
-    learning_rate: float
-    cpu_seconds: float = math.inf  # stop then, if the steps are not done
-    evaluate_every: int = 50  # only with validation data
-    patience: int = 10  # evaluations without improvement
-
-
-class Fit(NamedTuple):
-    """What happened in the training."""
-
-    steps: int
-    skipped: int  # loss or gradient was not finite
-    cpu_seconds: float
-    best_step: int  # whose weights were kept
-
-
-# -- the same training for all ------------------------------------------------------------------
-
-
-def fit(flow: BuiltFlow, data: Data, training: Training, seed: int) -> Fit:
-    """Maximum likelihood in place; the weights that are best on validation data, if there are."""
-    optimizer = torch.optim.Adam(flow.module.parameters(), lr=training.learning_rate)
-    generator = torch.Generator().manual_seed(seed)
-    best_value, best_step, best_weights = -math.inf, 0, None
-    start, step, skipped = time.process_time(), 0, 0
-    flow.module.train()
-    while step < training.steps:
-        spent = (time.process_time() - start) / training.cpu_seconds
-        if spent >= 1:
-            break
-        done = max(step / training.steps, spent)
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-        rows = torch.randint(len(data.train), (training.batch,), generator=generator)
-        skipped += not take_step(flow, optimizer, data.train[rows])
-        step += 1
-        if data.validation is not None and step % training.evaluate_every == 0:
-            value = float(log_densities(flow, data.validation).mean())
-            if value > best_value:
-                best_value, best_step = value, step
-                best_weights = copy.deepcopy(flow.module.state_dict())
-            elif step - best_step >= training.patience * training.evaluate_every:
-                break
-    if best_weights is not None:
-        flow.module.load_state_dict(best_weights)
-    return Fit(step, skipped, time.process_time() - start, best_step or step)
-
-
-def take_step(flow: BuiltFlow, optimizer: torch.optim.Optimizer, x: Tensor) -> bool:
-    """One step on a minibatch, unless loss or gradient are not finite."""
-    optimizer.zero_grad(set_to_none=True)
-    loss = -flow.log_prob(x).mean()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(flow.module.parameters(), MAX_GRADIENT_NORM)
-    is_finite = bool(loss.isfinite() & norm.isfinite())
-    if is_finite:
-        optimizer.step()
-    return is_finite
-
-
-def log_densities(flow: BuiltFlow, x: Tensor) -> Tensor:
-    was_training = flow.module.training
-    flow.module.eval()
-    with torch.no_grad():
-        values = torch.cat([flow.log_prob(part) for part in x.split(4096)]).double()
-    flow.module.train(was_training)
-    return values
-
-
-def standardized(
-    train: Tensor, test: Tensor, validation: Tensor | None = None, offset: float = 0.0
-) -> Data:
-    """In float32; an offset is for data that have been scaled before."""
-    mean, std = train.mean(0), train.std(0).clamp_min(1e-3)
-
-    def scaled(x: Tensor) -> Tensor:
-        return ((x - mean) / std).float()
-
-    return Data(
-        scaled(train),
-        scaled(test),
-        offset - float(std.log().sum()),
-        mean,
-        std,
-        None if validation is None else scaled(validation),
-    )
 
 
 # -- finished runs ------------------------------------------------------------------------------
@@ -245,9 +143,7 @@ def plane(args: argparse.Namespace) -> None:
                             "steps": training.steps,
                             "seed": seed,
                         },
-                        lambda d=density, b=library, s=setting, i=seed: plane_run(
-                            d, b, s, training, i
-                        ),
+                        partial(plane_run, density, library, setting, training, seed),
                     )
                     for seed in args.seeds
                 ]
@@ -291,12 +187,9 @@ def plane_large(args: argparse.Namespace) -> None:
                 "steps": steps,
                 "batch": training.batch,
             }
-            result = runs.get(
-                key,
-                lambda d=density, s=setting, t=training._replace(steps=steps): plane_run(
-                    d, OURS, s, t, 0, weights_path(d, s)
-                ),
-            )
+            limited, path = training._replace(steps=steps), weights_path(density, setting)
+            run = partial(plane_run, density, OURS, setting, limited, 0, path)
+            result = runs.get(key, run)
             steps = result["steps"]  # time may have ended it; the affine flow gets no more
             rows.append(
                 {
@@ -452,7 +345,7 @@ def images(args: argparse.Namespace) -> None:
     for name, (load, hidden, training) in IMAGES.items():
         training = training._replace(steps=args.steps or training.steps)
         data = load()
-        gaussian = runs.get({"data": name, "model": "Gaussian"}, lambda d=data: gaussian_run(d))
+        gaussian = runs.get({"data": name, "model": "Gaussian"}, partial(gaussian_run, data))
         rows = [image_row("-", "Gaussian, full covariance", gaussian)]
         for model in MODELS:
             if model.library not in args.image_libraries:
@@ -466,10 +359,7 @@ def images(args: argparse.Namespace) -> None:
                 **setting._asdict(),
                 "steps": training.steps,
             }
-            result = runs.get(
-                key,
-                lambda d=data, m=model, s=setting, t=training: image_run(d, m, s, t),
-            )
+            result = runs.get(key, partial(image_run, data, model, setting, training))
             rows.append(image_row(model.library, model.label, result))
         how = f"{threads_in_words(1)}, at most {training.steps} steps"
         write_table(f"{NAME}_{name}", rows, how, [*PEERS, "scikit-learn"])
