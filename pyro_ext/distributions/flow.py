@@ -53,6 +53,8 @@ class FlowDistribution(TorchDistribution):
         if support is None:
             support = constraints.independent(constraints.real, len(event_shape))
         self._support = support
+        # Whether draws are differentiable is up to the base distribution.
+        self.has_rsample = bool(base.has_rsample)
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     @property
@@ -61,20 +63,17 @@ class FlowDistribution(TorchDistribution):
         return self._support
 
     @property
-    def has_rsample(self) -> bool:
-        """Whether draws are differentiable, which is up to the base distribution."""
-        return bool(self.base.has_rsample)
-
-    @property
     def transforms(self) -> list[Transform]:
         """The layers as transforms in Pyro's direction, from noise to data, context included."""
-        layers = [self.bijection]
+        layers: list[Bijection] = [self.bijection]
         if isinstance(self.bijection, Composite):
             layers = list(reversed(self.bijection.bijections))
         return [BijectionTransform(layer, self.context) for layer in layers]
 
     def expand(
-        self, batch_shape: torch.Size, _instance: FlowDistribution | None = None
+        self,
+        batch_shape: torch.Size | list[int] | tuple[int, ...],
+        _instance: FlowDistribution | None = None,
     ) -> FlowDistribution:
         """Expand to a larger batch; draws of all its elements are independent."""
         new = self._get_checked_instance(FlowDistribution, _instance)
@@ -83,6 +82,7 @@ class FlowDistribution(TorchDistribution):
         new.base = self.base.expand(batch_shape)
         new.context = self.context
         new._support = self._support
+        new.has_rsample = self.has_rsample
         super(FlowDistribution, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -105,7 +105,7 @@ class FlowDistribution(TorchDistribution):
         )
         return self.base.log_prob(z) + log_det
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """
         Draw with gradients to the parameters.
 
@@ -115,7 +115,7 @@ class FlowDistribution(TorchDistribution):
         z = self.base.rsample(torch.Size(sample_shape))
         return self.bijection.to_data(z, self.context)[0]
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """
         Draw without gradients.
 
@@ -127,7 +127,7 @@ class FlowDistribution(TorchDistribution):
             return self.bijection.to_data(z, self.context)[0]
 
     def rsample_and_log_prob(
-        self, sample_shape: torch.Size | tuple[int, ...] = ()
+        self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor]:
         """
         Draw, and score the draws in the same pass.
@@ -155,17 +155,9 @@ class BijectionTransform(Transform):
         super().__init__(cache_size=0)
         self.bijection = bijection
         self.context = context
-
-    @property
-    def domain(self) -> constraints.Constraint:
-        """All real numbers, in the shape of the noise."""
-        dims = self.bijection.noise_event_dim or self.bijection.event_dim
-        return constraints.independent(constraints.real, dims)
-
-    @property
-    def codomain(self) -> constraints.Constraint:
-        """All real numbers, in the shape of the data."""
-        return constraints.independent(constraints.real, self.bijection.event_dim)
+        noise_event_dim = bijection.noise_event_dim or bijection.event_dim
+        self.domain = constraints.independent(constraints.real, noise_event_dim)
+        self.codomain = constraints.independent(constraints.real, bijection.event_dim)
 
     @property
     def inv(self) -> Transform:

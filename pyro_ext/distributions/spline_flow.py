@@ -95,6 +95,8 @@ class NeuralSplineFlow(nn.Module):
     torch.Size([7])
     """
 
+    _loc: Tensor
+
     def __init__(
         self,
         features: int,
@@ -183,9 +185,9 @@ class NeuralSplineFlow(nn.Module):
         return base
 
     def _support(self) -> constraints.Constraint:
-        if self._box is None:
-            return constraints.real_vector
         first = self.bijection.bijections[0]
+        if self._box is None or not isinstance(first, Standardize):
+            return constraints.real_vector
         low, high = first.loc, first.loc + first.scale
         return constraints.independent(constraints.interval(low, high), 1)
 

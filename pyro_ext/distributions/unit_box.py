@@ -29,7 +29,11 @@ class UnitBox(TorchDistribution):
         self._like = like
         super().__init__(torch.Size(), like.shape, validate_args=False)
 
-    def expand(self, batch_shape: torch.Size, _instance: UnitBox | None = None) -> UnitBox:
+    def expand(
+        self,
+        batch_shape: torch.Size | list[int] | tuple[int, ...],
+        _instance: UnitBox | None = None,
+    ) -> UnitBox:
         """Expand to a larger batch."""
         new = self._get_checked_instance(UnitBox, _instance)
         new._like = self._like
@@ -43,7 +47,7 @@ class UnitBox(TorchDistribution):
         is_inside = ((value >= 0) & (value <= 1)).all(-1)
         return torch.where(is_inside, 0.0, -torch.inf).to(value.dtype)
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draw uniformly."""
         shape = self._extended_shape(torch.Size(sample_shape))
         return torch.rand(shape, dtype=self._like.dtype, device=self._like.device)

@@ -1,6 +1,7 @@
-"""Inference engines for Pyro models."""
+"""Inference engines and guides for Pyro models."""
 
+from .auto_spline_flow import AutoSplineFlow as AutoSplineFlow
 from .constrained_hmc import ConstrainedHMC as ConstrainedHMC
 from .mcmc import MCMC as MCMC
 
-__all__ = ["MCMC", "ConstrainedHMC"]
+__all__ = ["MCMC", "AutoSplineFlow", "ConstrainedHMC"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .elementwise import ElementwiseMap
-from .knots import bounded, check_min_ratio
+from .knots import bounded_positive, check_min_ratio
 
 __all__ = ["Additive", "Affine"]
 
@@ -38,13 +38,13 @@ class Affine(ElementwiseMap):
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate the line; see :meth:`ElementwiseMap.forward`."""
-        log_scale = bounded(parameters[..., 0], self.min_ratio)
-        return log_scale.exp() * x + parameters[..., 1], log_scale.expand(x.shape)
+        scale = bounded_positive(parameters[..., 0], self.min_ratio)
+        return scale * x + parameters[..., 1], scale.log().expand(x.shape)
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Solve for x; see :meth:`ElementwiseMap.inverse`."""
-        log_scale = bounded(parameters[..., 0], self.min_ratio)
-        return (y - parameters[..., 1]) * (-log_scale).exp(), -log_scale.expand(y.shape)
+        scale = bounded_positive(parameters[..., 0], self.min_ratio)
+        return (y - parameters[..., 1]) / scale, -scale.log().expand(y.shape)
 
 
 class Additive(ElementwiseMap):

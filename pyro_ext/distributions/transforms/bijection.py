@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class Composite(Bijection):
 
     def __init__(self, bijections: Iterable[Bijection]) -> None:
         super().__init__()
-        self.bijections = nn.ModuleList(bijections)
+        self.bijections = cast("Sequence[Bijection]", nn.ModuleList(bijections))
         first, last = self.bijections[0], self.bijections[-1]
         self.event_dim = first.event_dim
         self.noise_event_dim = last.noise_event_dim or last.event_dim

@@ -55,7 +55,7 @@ class Coupling(Bijection):
 
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Bijection.to_noise`."""
-        parameters = self.parameters_of_conditioning
+        parameters: Tensor = self.parameters_of_conditioning
         if self.network is not None:
             predicted = self._predict(x[..., : self.conditioning_features], context)
             own = parameters.expand(*predicted.shape[:-2], -1, -1)

@@ -1,4 +1,4 @@
-"""What the splines share: bounded parameters, and checks of their settings."""
+"""What the splines share: bounded positive parameters, and checks of their settings."""
 
 from __future__ import annotations
 
@@ -8,54 +8,54 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "bounded",
-    "bounded_exp",
-    "bounded_slope",
+    "bounded_positive",
+    "bounded_positive_log_slope",
     "check_min_ratio",
     "check_spline_settings",
     "working_dtype",
 ]
 
 
-def bounded(parameters: Tensor, min_ratio: float) -> Tensor:
-    """
-    The logarithm of :func:`bounded_exp`.
-
-    :param Tensor parameters: any real numbers.
-    :param float min_ratio: r there, in (0, 1).
-    :returns: numbers of the same shape, of absolute value below ``-log(min_ratio) / 2``.
-    """
-    return parameters / (1.0 + parameters.abs() / _limit(min_ratio))
-
-
-def _limit(min_ratio: float) -> float:
-    return -0.5 * math.log(min_ratio)
-
-
-def bounded_exp(parameters: Tensor, min_ratio: float) -> Tensor:
+def bounded_positive(parameters: Tensor, min_ratio: float) -> Tensor:
     r"""
     Positive numbers of which no two differ by more than a given ratio.
 
-    :math:`\exp(\theta / (1 + |\theta| / c))` with :math:`c = -\tfrac12\log r`: near zero an
-    exponential, in the limit :math:`r^{\pm 1/2}`. The gradient falls with the square of
+    .. math:: f(\theta) = \frac{t + \theta}{t - \theta}, \qquad t = 2 + |\theta| / b, \qquad
+        b = \frac{1 - \sqrt{r}}{1 + \sqrt{r}}.
+
+    Near zero this is an exponential, and like one it satisfies :math:`f(-\theta) = 1/f(\theta)`;
+    far away it tends to :math:`r^{\mp 1/2}`. Its gradient falls with the square of
     :math:`\theta`, not exponentially, so that parameters that have wandered off can return.
 
     :param Tensor parameters: any real numbers.
     :param float min_ratio: the smallest ratio r of two results, in (0, 1).
     :returns: positive numbers of the same shape.
     """
-    return torch.exp(bounded(parameters, min_ratio))
+    b = _limit(min_ratio)
+    theta = parameters * (
+        0.5 * b
+    )  # half of everything: the largest finite number does not overflow
+    t = theta.abs().div_(b).add_(b)
+    return (t + theta).div_(t - theta)
 
 
-def bounded_slope(parameters: Tensor, min_ratio: float) -> Tensor:
-    """
-    The derivative of :func:`bounded`.
+def bounded_positive_log_slope(parameters: Tensor, min_ratio: float) -> Tensor:
+    r"""
+    The derivative of the logarithm of :func:`bounded_positive`, :math:`4 / (t^2 - \theta^2)`.
 
     :param Tensor parameters: any real numbers.
     :param float min_ratio: r there, in (0, 1).
     :returns: numbers in (0, 1], of the same shape.
     """
-    return (1.0 + parameters.abs() / _limit(min_ratio)).pow(-2)
+    b = _limit(min_ratio)
+    size = parameters.abs()
+    # (t^2 - theta^2) / 4 as a polynomial, which may overflow to infinity, but never to NaN
+    return (size * (0.25 / b**2 - 0.25)).add_(1.0 / b).mul_(size).add_(1.0).reciprocal_()
+
+
+def _limit(min_ratio: float) -> float:
+    root = math.sqrt(min_ratio)
+    return (1.0 - root) / (1.0 + root)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

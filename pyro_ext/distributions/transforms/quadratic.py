@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .elementwise import ElementwiseMap
-from .knots import bounded_exp, check_spline_settings, working_dtype
+from .knots import bounded_positive, check_spline_settings, working_dtype
 
 __all__ = ["QuadraticSpline"]
 
@@ -108,7 +108,7 @@ class QuadraticSpline(ElementwiseMap):
         """Left knot, its value, width, and derivatives at both knots, for every input."""
         K = self.bins
         length = self.high - self.low
-        relative = bounded_exp(parameters, self.min_ratio)
+        relative = bounded_positive(parameters, self.min_ratio)
         widths = relative[..., :K] / relative[..., :K].sum(-1, keepdim=True)
         slopes = self._scaled_slopes(widths, relative[..., K:])
         areas = 0.5 * widths * (slopes[..., 1:] + slopes[..., :-1])

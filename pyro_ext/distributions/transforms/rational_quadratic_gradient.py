@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .knots import bounded_slope
+from .knots import bounded_positive_log_slope
 from .rational_quadratic_pieces import Pieces, SplineSettings, indices_of_piece, spline
 
 __all__ = ["SplineWithGradient"]
@@ -89,52 +88,57 @@ def spline_gradient(
     :returns: gradients to the inputs and to the parameters of every input.
     """
     grad_outside = grad_value
+    is_inside = (x >= settings.low) & (x <= settings.high)
     if settings.tails:
-        is_inside = (x >= settings.low) & (x <= settings.high)
         grad_value, grad_log_slope = grad_value * is_inside, grad_log_slope * is_inside
-    xi, r0, r1 = pieces.xi, pieces.left_ratio, pieces.right_ratio
-    bend, rest = r0 + r1 - 2.0, 1.0 - xi
-    curve = xi * rest
-    inverse_denominator = 1.0 / (1.0 + bend * curve)
-    inverse_numerator = 1.0 / (r1 * xi * xi + 2.0 * curve + r0 * rest * rest)
-    # The piece rises from 0 to 1 by rise(xi), with this slope, and log_slope(xi) is its logarithm.
-    rise = (xi * xi + r0 * curve) * inverse_denominator
-    rise_slope = inverse_denominator.square() / inverse_numerator
-    twist = 1.0 - 2.0 * xi
-    log_slope_xi = 2.0 * (
-        (r1 * xi + twist - r0 * rest) * inverse_numerator - bend * twist * inverse_denominator
+    xi, r_left, r_right = pieces.xi, pieces.left_ratio, pieces.right_ratio
+    rest = 1.0 - xi
+    xi_squared, rest_squared, both = xi * xi, rest * rest, xi * rest
+    denominator = torch.addcmul(xi_squared + rest_squared, r_left + r_right, both)
+    to_right, to_left = r_right * xi, r_left * rest
+    twist = rest - xi
+    numerator = torch.addcmul(torch.addcmul(both + both, to_right, xi), to_left, rest)
+    # The piece rises from 0 to 1 by rise(xi), with this slope, whose logarithm is log_slope(xi).
+    rise = torch.addcmul(xi_squared, to_left, xi) / denominator
+    rise_slope = numerator / (denominator * denominator)
+    half_bend = 0.5 * (r_left + r_right) - 1.0
+    half_log_slope_xi = (to_right + twist - to_left) / numerator - (
+        (half_bend + half_bend) * twist / denominator
     )
+    log_slope_xi = half_log_slope_xi + half_log_slope_xi
 
     # Gradients to: the rise at fixed xi, the log sizes of the piece, its corner, the input.
     if settings.is_inverse:
         grad_log_slope = -grad_log_slope
-        grad_rise = (grad_value * pieces.width + grad_log_slope * log_slope_xi) / -rise_slope
+        grad_xi = torch.addcmul(grad_value * pieces.width, grad_log_slope, log_slope_xi)
+        grad_rise = -grad_xi / rise_slope
         grad_log_width = grad_value * pieces.width * xi - grad_log_slope
-        grad_log_height = grad_rise * rise + grad_log_slope
         grad_left, grad_bottom = grad_value, grad_rise / pieces.height
         grad_x = -grad_bottom
     else:
         grad_rise = grad_value * pieces.height
-        grad_xi = grad_rise * rise_slope + grad_log_slope * log_slope_xi
-        grad_log_width = -grad_log_slope - grad_xi * xi
-        grad_log_height = grad_rise * rise + grad_log_slope
+        grad_xi = torch.addcmul(grad_rise * rise_slope, grad_log_slope, log_slope_xi)
+        grad_log_width = -torch.addcmul(grad_log_slope, grad_xi, xi)
         grad_x = grad_xi / pieces.width
         grad_left, grad_bottom = -grad_x, grad_value
-    if settings.tails:
-        grad_x = torch.where(is_inside, grad_x, grad_outside)
+    grad_log_height = torch.addcmul(grad_log_slope, grad_rise, rise)
 
     # Gradients to the logarithms of the two ratios.
-    shared = curve * inverse_denominator
-    common = -shared * (grad_rise * rise + 2.0 * grad_log_slope)
-    grad_log_r0 = r0 * (
-        common + grad_rise * shared + grad_log_slope * rest * rest * inverse_numerator
+    shared = both / denominator
+    common = shared * torch.addcmul(grad_log_slope + grad_log_slope, grad_rise, rise)
+    of_numerator = grad_log_slope / numerator
+    to_log_left = torch.addcmul(grad_rise * shared - common, of_numerator, rest_squared)
+    to_log_right = torch.addcmul(-common, of_numerator, xi_squared)
+    grad_relative = _to_log_relative(
+        pieces,
+        settings,
+        (grad_left, grad_bottom),
+        (grad_log_width, grad_log_height),
+        (r_left * to_log_left, r_right * to_log_right),
     )
-    grad_log_r1 = r1 * (common + grad_log_slope * xi * xi * inverse_numerator)
-    grad_corner = (grad_left, grad_bottom)
-    grad_log_size = (grad_log_width, grad_log_height)
-    grad_log_ratios = (grad_log_r0, grad_log_r1)
-    grad_relative = _to_log_relative(pieces, settings, grad_corner, grad_log_size, grad_log_ratios)
-    return grad_x, grad_relative * bounded_slope(parameters, settings.min_ratio)
+    slope = bounded_positive_log_slope(parameters, settings.min_ratio)
+    grad_x = torch.where(is_inside, grad_x, grad_outside) if settings.tails else grad_x * is_inside
+    return grad_x, grad_relative.mul_(slope)
 
 
 def _to_log_relative(
@@ -146,47 +150,50 @@ def _to_log_relative(
 ) -> Tensor:
     """From a piece to the logarithms of the relative widths, heights and derivatives."""
     K = settings.bins
-    at_first, at_last = pieces.k == 0, pieces.k == K - 1
-    (grad_log_r0, grad_log_r1), (grad_log_width, grad_log_height) = grad_log_ratios, grad_log_size
+    (grad_left, grad_bottom), (grad_log_width, grad_log_height) = grad_corner, grad_log_size
+    has_left, has_right = pieces.k > 0, pieces.k < K - 1
+    grad_log_left, grad_log_right = grad_log_ratios
+    inner_left, inner_right = grad_log_left * has_left, grad_log_right * has_right
     # A ratio r = 2 rho / (1 + q), where q is the slope of the piece over that of its neighbour:
     # d log r = d log rho - q / (1 + q) d log q, and q / (1 + q) = 1 - r / (2 rho).
-    to_q0 = grad_log_r0 * (0.5 * pieces.left_ratio / pieces.left_rho - 1.0)
-    to_q1 = grad_log_r1 * (0.5 * pieces.right_ratio / pieces.right_rho - 1.0)
-    to_q0, to_q1 = to_q0.masked_fill(at_first, 0.0), to_q1.masked_fill(at_last, 0.0)
+    two_left, two_right = pieces.left_rho + pieces.left_rho, pieces.right_rho + pieces.right_rho
+    to_q_left = inner_left * (pieces.left_ratio / two_left) - inner_left
+    to_q_right = inner_right * (pieces.right_ratio / two_right) - inner_right
     if settings.tails:  # at the ends the ratio is width / height
-        at_ends = grad_log_r0 * at_first + grad_log_r1 * at_last
+        at_ends = (grad_log_left - inner_left) + (grad_log_right - inner_right)
         grad_log_width, grad_log_height = grad_log_width + at_ends, grad_log_height - at_ends
-        grad_log_r0 = grad_log_r0.masked_fill(at_first, 0.0)
-        grad_log_r1 = grad_log_r1.masked_fill(at_last, 0.0)
+        grad_log_left, grad_log_right = inner_left, inner_right
+    to_q = to_q_left + to_q_right
     of_piece = torch.stack(
         [
-            to_q0,
-            grad_log_width - to_q0 - to_q1,
-            to_q1,
-            -to_q0,
-            grad_log_height + to_q0 + to_q1,
-            -to_q1,
-            grad_log_r0,
-            grad_log_r1,
+            to_q_left,
+            grad_log_width - to_q,
+            to_q_right,
+            -to_q_left,
+            grad_log_height + to_q,
+            -to_q_right,
+            grad_log_left,
+            grad_log_right,
+        ]
+    ).movedim(0, -1)
+    # The corner moves with all pieces before it, and everything with the sums.
+    length = settings.high - settings.low
+    before = torch.stack([grad_left * pieces.x_unit, grad_bottom * pieces.y_unit], -1)
+    from_low = torch.stack(
+        [
+            torch.addcmul(grad_log_width, grad_left, pieces.left - settings.low) * pieces.x_unit,
+            torch.addcmul(grad_log_height, grad_bottom, pieces.bottom - settings.low)
+            * pieces.y_unit,
         ],
         -1,
     )
-    # The corner moves with all pieces before it, and everything with the sum.
-    (grad_left, grad_bottom) = grad_corner
-    before = torch.stack([grad_left * pieces.x_unit, grad_bottom * pieces.y_unit], -1)
-    length = settings.high - settings.low
-    of_sum = (
-        torch.stack(
-            [
-                (grad_left * (pieces.left - settings.low) + grad_log_width) * pieces.x_unit,
-                (grad_bottom * (pieces.bottom - settings.low) + grad_log_height) * pieces.y_unit,
-            ],
-            -1,
-        )
-        / length
-    )
+    of_sum = (from_low / -length)[..., None]
     is_before = torch.arange(K, device=pieces.k.device) < pieces.k[..., None, None]
-    share = torch.where(is_before, (before - of_sum)[..., None], -of_sum[..., None])
     sizes = pieces.relative[..., : 2 * K].unflatten(-1, (2, K))
-    gradient = F.pad((sizes * share).flatten(-2), (0, settings.num_parameters - 2 * K))
-    return gradient.scatter_add_(-1, indices_of_piece(pieces.k[..., None], settings), of_piece)
+    gradient = pieces.relative.new_zeros(*pieces.k.shape, settings.num_parameters)
+    torch.mul(
+        sizes,
+        torch.where(is_before, before[..., None] + of_sum, of_sum),
+        out=gradient[..., : 2 * K].unflatten(-1, (2, K)),
+    )
+    return gradient.scatter_add_(-1, indices_of_piece(pieces.k, settings), of_piece)
