@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import Transform, constraints
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .transforms.bijection import Bijection, Composite, Inverse
 
 __all__ = ["BijectionTransform", "FlowDistribution"]
+
+_ROWS_AT_ONCE = 1024
 
 
 class FlowDistribution(TorchDistribution):
@@ -100,9 +105,8 @@ class FlowDistribution(TorchDistribution):
         batch_shape = torch.broadcast_shapes(
             value.shape[: value.dim() - len(self.event_shape)], self.batch_shape
         )
-        z, log_det = self.bijection.to_noise(
-            value.expand(batch_shape + self.event_shape), self.context
-        )
+        value = value.expand(batch_shape + self.event_shape)
+        z, log_det = self._apply(self.bijection.to_noise, value, len(self.event_shape))
         return self.base.log_prob(z) + log_det
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
@@ -112,8 +116,7 @@ class FlowDistribution(TorchDistribution):
         :param sample_shape: shape of the draws.
         :returns: shape ``sample_shape + batch_shape + event_shape``.
         """
-        z = self.base.rsample(torch.Size(sample_shape))
-        return self.bijection.to_data(z, self.context)[0]
+        return self._to_data(self.base.rsample(torch.Size(sample_shape)))[0]
 
     def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """
@@ -123,8 +126,7 @@ class FlowDistribution(TorchDistribution):
         :returns: shape ``sample_shape + batch_shape + event_shape``.
         """
         with torch.no_grad():
-            z = self.base.sample(torch.Size(sample_shape))
-            return self.bijection.to_data(z, self.context)[0]
+            return self._to_data(self.base.sample(torch.Size(sample_shape)))[0]
 
     def rsample_and_log_prob(
         self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()
@@ -137,8 +139,45 @@ class FlowDistribution(TorchDistribution):
             log-densities, shape ``sample_shape + batch_shape``.
         """
         z = self.base.rsample(torch.Size(sample_shape))
-        x, log_det = self.bijection.to_data(z, self.context)
+        x, log_det = self._to_data(z)
         return x, self.base.log_prob(z) - log_det
+
+    def _to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._apply(self.bijection.to_data, z, len(self.base.event_shape))
+
+    def _apply(
+        self, function: Callable[..., tuple[Tensor, Tensor]], value: Tensor, event_dim: int
+    ) -> tuple[Tensor, Tensor]:
+        """Call a bijection, on parts of the rows where no gradient needs them together."""
+        num_rows = math.prod(value.shape[: value.dim() - event_dim])
+        if (
+            num_rows <= _ROWS_AT_ONCE
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or _normalizes_batches(self.bijection)
+        ):
+            return function(value, self.context)
+        # A part fits into the processor's cache, and what memory is needed does not grow.
+        size = max(1, _ROWS_AT_ONCE * value.shape[0] // num_rows)
+        context = self.context
+        has_rows_of_context = (
+            context is not None
+            and context.dim() - 1 == value.dim() - event_dim
+            and context.shape[0] == value.shape[0]
+        )
+        parts = [
+            function(part, context[i * size : (i + 1) * size] if has_rows_of_context else context)
+            for i, part in enumerate(value.split(size))
+        ]
+        values, log_dets = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(log_dets)
+
+
+def _normalizes_batches(bijection: Bijection) -> bool:
+    """Whether the rows of a batch depend on one another."""
+    return any(
+        module.training and isinstance(module, _BatchNorm) for module in bijection.modules()
+    )
 
 
 class BijectionTransform(Transform):

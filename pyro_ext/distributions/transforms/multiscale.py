@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +206,7 @@ def _initialize(bijection: Bijection, x: Tensor, context: Tensor | None) -> tupl
     if isinstance(bijection, Composite):
         log_det = x.new_zeros(())
         for part in bijection.bijections:
-            x, _ = _initialize(cast(Bijection, part), x, context)
+            x, _ = _initialize(part, x, context)
         return x, log_det
     if isinstance(bijection, ActNorm):
         bijection.initialize(x)
