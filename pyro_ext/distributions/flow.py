@@ -16,7 +16,7 @@ from .transforms.bijection import Bijection, Composite, Inverse
 
 __all__ = ["BijectionTransform", "FlowDistribution"]
 
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 4096
 
 
 class FlowDistribution(TorchDistribution):
