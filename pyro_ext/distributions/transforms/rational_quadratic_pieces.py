@@ -145,7 +145,7 @@ def indices_of_piece(k: Tensor, settings: SplineSettings) -> Tensor:
     of_all = torch.arange(K, device=k.device)[:, None] + offsets
     # A table of all pieces is looked up faster than indices are computed for all inputs.
     of_all = of_all.clamp(0, settings.num_parameters - 1)
-    return of_all.index_select(0, k.flatten()).unflatten(0, k.shape)
+    return of_all.index_select(0, k.flatten()).reshape(*k.shape, of_all.shape[-1])
 
 
 def _describe_pieces(
