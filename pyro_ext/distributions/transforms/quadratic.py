@@ -100,6 +100,8 @@ class QuadraticSpline(ElementwiseMap):
             is_inside = (x >= self.low) & (x <= self.high)
             value = torch.where(is_inside, value, x.to(value.dtype))
             log_slope = torch.where(is_inside, log_slope, torch.zeros_like(log_slope))
+        else:  # rounding must not leave the interval, where nothing is defined
+            value = value.clamp(self.low, self.high)
         return value.to(x.dtype), log_slope.to(x.dtype)
 
     def _find_bin(

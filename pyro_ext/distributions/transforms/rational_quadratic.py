@@ -100,4 +100,6 @@ class RationalQuadraticSpline(ElementwiseMap):
             )
         else:
             value, log_slope, _ = spline(x.to(dtype), parameters.to(dtype), settings)
+        if not self.tails:  # rounding must not leave the interval, where nothing is defined
+            value = value.clamp(low, high)
         return value.to(x.dtype), log_slope.to(x.dtype)
