@@ -90,7 +90,9 @@ class QuadraticSpline(ElementwiseMap):
         # The root that stays accurate when the bend vanishes. The square root is the slope at
         # the solution: it cannot be less than that at both knots.
         floor = torch.minimum(slope_left, slope_right).square()
-        slope = torch.maximum(slope_left.square() + 2.0 * bend * rise, floor).sqrt()
+        squared = slope_left.square() + 2.0 * bend * rise
+        # Not `maximum`, which halves the gradient where both are equal, as in the identity.
+        slope = torch.where(squared >= floor, squared, floor).sqrt()
         xi = (2.0 * rise / (slope_left + slope)).clamp(0.0, 1.0)
         log_slope = torch.log(slope_left + bend * xi)
         return self._with_tails(y, left + width * xi, -log_slope)
