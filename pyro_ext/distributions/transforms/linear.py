@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bijection import Bijection
+from .knots import working_dtype
 from .permutation import Permutation, random_cycle
 
 __all__ = ["LULinear"]
@@ -52,9 +53,10 @@ class LULinear(Bijection):
 
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Bijection.to_noise`."""
-        lower, upper = self._factors()
+        below, upper = self._factors()
+        weight = torch.addmm(upper, below, upper)  # (I + below) upper
         # Permuting the columns of the matrix costs less than permuting the data.
-        weight = (lower @ upper).index_select(-1, self.permutation.inverse_permutation)
+        weight = weight.index_select(-1, self.permutation.inverse_permutation)
         return F.linear(x, weight, self.bias), self.log_diagonal.sum().expand(x.shape[:-1])
 
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -63,9 +65,9 @@ class LULinear(Bijection):
         return x, -self.log_diagonal.sum().expand(z.shape[:-1])
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        lower = self.lower_and_upper.tril(-1) + torch.eye(self.bias.numel()).to(self.bias)
+        """The lower factor without its unit diagonal, and the upper one."""
         upper = self.lower_and_upper.triu(1) + self.log_diagonal.exp().diag_embed()
-        return lower, upper
+        return self.lower_and_upper.tril(-1), upper
 
     def _inverse_matrix(self) -> Tensor:
         may_keep = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -87,10 +89,13 @@ class LULinear(Bijection):
         return inverse
 
     def _compute_inverse(self) -> Tensor:
-        lower, upper = self._factors()
-        identity = torch.eye(self.bias.numel()).to(self.bias)
-        half = torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
-        inverse = torch.linalg.solve_triangular(upper, half, upper=True)
+        # No triangular systems in half precision.
+        below, upper = (factor.to(working_dtype(factor)) for factor in self._factors())
+        identity = torch.eye(self.bias.numel(), dtype=upper.dtype, device=upper.device)
+        half = torch.linalg.solve_triangular(
+            below + identity, identity, upper=False, unitriangular=True
+        )
+        inverse = torch.linalg.solve_triangular(upper, half, upper=True).to(self.bias.dtype)
         return inverse.index_select(-2, self.permutation.inverse_permutation)
 
 

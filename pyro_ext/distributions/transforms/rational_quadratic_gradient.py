@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .knots import bounded_positive_log_slope
+from .knots import bounded_positive, bounded_positive_log_slope
 from .rational_quadratic_pieces import Pieces, SplineSettings, indices_of_piece, spline
 
 __all__ = ["SplineWithGradient"]
@@ -129,7 +129,10 @@ def spline_gradient(
     of_numerator = grad_log_slope / numerator
     to_log_left = torch.addcmul(grad_rise * shared - common, of_numerator, rest_squared)
     to_log_right = torch.addcmul(-common, of_numerator, xi_squared)
+    # Computed again rather than kept: it is the largest of all that the gradient needs.
+    relative = bounded_positive(parameters, settings.min_ratio)
     grad_relative = _to_log_relative(
+        relative,
         pieces,
         settings,
         (grad_left, grad_bottom),
@@ -142,6 +145,7 @@ def spline_gradient(
 
 
 def _to_log_relative(
+    relative: Tensor,
     pieces: Pieces,
     settings: SplineSettings,
     grad_corner: tuple[Tensor, Tensor],
@@ -189,8 +193,8 @@ def _to_log_relative(
     )
     of_sum = (from_low / -length)[..., None]
     is_before = torch.arange(K, device=pieces.k.device) < pieces.k[..., None, None]
-    sizes = pieces.relative[..., : 2 * K].unflatten(-1, (2, K))
-    gradient = pieces.relative.new_zeros(*pieces.k.shape, settings.num_parameters)
+    sizes = relative[..., : 2 * K].unflatten(-1, (2, K))
+    gradient = relative.new_zeros(*pieces.k.shape, settings.num_parameters)
     torch.mul(
         sizes,
         torch.where(is_before, before[..., None] + of_sum, of_sum),

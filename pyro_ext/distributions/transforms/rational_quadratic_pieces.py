@@ -29,10 +29,8 @@ class SplineSettings(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """The pieces that inputs fall into. All but ``relative`` have the shape of the inputs."""
+    """The pieces that inputs fall into, each field of the shape of the inputs."""
 
-    relative: Tensor
-    """Widths, heights and relative derivatives before scaling, as the parameters are ordered."""
     k: Tensor
     """Number of the piece."""
     x_unit: Tensor
@@ -165,7 +163,6 @@ def _describe_pieces(
     right_ratio = _ratio(right_rho, h * w_after, w * h_after)
     at_left, at_right = (width / height,) * 2 if settings.tails else (left_rho, right_rho)
     return Pieces(
-        relative=relative,
         k=k,
         x_unit=x_unit,
         y_unit=y_unit,
