@@ -38,7 +38,18 @@ class Standardize(Bijection):
         Take mean and standard deviation from data; a constant feature keeps the scale 1.
 
         :param Tensor x: data, shape ``(n, features)``.
+        :raises ValueError: if the data have another shape, or are not all finite.
         """
+        if x.dim() != 2 or x.shape[0] < 1 or x.shape[1:] != self.loc.shape:
+            raise ValueError(
+                f"Data of shape {tuple(x.shape)} cannot tell mean and scale: give shape "
+                f"(n, {self.loc.numel()}) with at least one row."
+            )
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"{int((~x.isfinite()).sum())} of the numbers in the data are not finite: "
+                "remove or replace them."
+            )
         scale = x.std(0, correction=0)
         self.loc.copy_(x.mean(0))
         self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
