@@ -5,17 +5,23 @@ Importing this package changes no global state of torch or Pyro.
 
 from .diagnostics import deterministic_values as deterministic_values
 from .diagnostics import to_arviz as to_arviz
+from .distributions import NeuralSplineFlow as NeuralSplineFlow
 from .infer import MCMC as MCMC
+from .infer import AutoSplineFlow as AutoSplineFlow
 from .infer import ConstrainedHMC as ConstrainedHMC
 from .poutine import lift_observations as lift_observations
+from .training import fit_density as fit_density
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MCMC",
+    "AutoSplineFlow",
     "ConstrainedHMC",
+    "NeuralSplineFlow",
     "__version__",
     "deterministic_values",
+    "fit_density",
     "lift_observations",
     "to_arviz",
 ]

@@ -65,6 +65,7 @@ def test_import_changes_no_global_state(fresh_process: dict[str, Any]) -> None:
     "package",
     [
         "arviz",
+        "h5py",
         "hypothesis",
         "IPython",
         "jax",
@@ -72,7 +73,9 @@ def test_import_changes_no_global_state(fresh_process: dict[str, Any]) -> None:
         "mici",
         "numpyro",
         "pandas",
+        "PIL",
         "pytest",
+        "sklearn",
         "zuko",  # would switch argument validation off for the whole process
     ],
 )

@@ -1,6 +1,7 @@
 """Imports follow the layers described in ``docs/architecture.md``."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -65,3 +66,43 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 def test_mathematics_does_not_know_pyro(name: str) -> None:
     assert name in GRAPH, f"{name} has moved: adapt this test and docs/architecture.md"
     assert not {target for target in _reachable(name) if target.split(".")[0] == "pyro"}
+
+
+def _all_modules_below(package: str) -> dict[str, Path]:
+    """Every module of a package, ``__init__`` included under the name of its folder."""
+    paths = {path: path.with_suffix("") for path in sorted(PACKAGE.rglob("*.py"))}
+    names = {
+        ".".join(
+            (stem.parent if path.name == "__init__.py" else stem).relative_to(PACKAGE.parent).parts
+        ): path
+        for path, stem in paths.items()
+    }
+    below = {n: p for n, p in names.items() if n == package or n.startswith(f"{package}.")}
+    assert below, f"{package} has moved: adapt this test and docs/architecture.md"
+    return below
+
+
+def _libraries(package: str) -> set[str]:
+    """What the modules of a package import from outside pyro_ext and the standard library."""
+    found: set[str] = set()
+    for name, path in _all_modules_below(package).items():
+        # relative imports count from the package, which an __init__ is itself
+        name_of_file = f"{name}.__init__" if path.name == "__init__.py" else name
+        found |= {target.split(".")[0] for target in _imports(name_of_file, path)}
+    return found - set(sys.stdlib_module_names) - {"pyro_ext", "__future__"}
+
+
+def test_networks_import_only_torch() -> None:
+    assert _libraries("pyro_ext.nn") == {"torch"}
+
+
+def test_layers_of_flows_do_not_know_pyro() -> None:
+    assert "pyro" not in _libraries("pyro_ext.distributions.transforms")
+    inside = {
+        target
+        for name, path in _all_modules_below("pyro_ext.distributions.transforms").items()
+        for target in _imports(f"{name}.__init__" if path.name == "__init__.py" else name, path)
+        if target.startswith("pyro_ext.")
+    }
+    allowed = ("pyro_ext.distributions.transforms", "pyro_ext.nn")
+    assert all(target.startswith(allowed) for target in inside)
