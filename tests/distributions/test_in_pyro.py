@@ -1,7 +1,7 @@
 """Spline flows at their places in Pyro: likelihood, prior, guide, plates, handlers, engines."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
@@ -20,7 +20,7 @@ from tests.sampling import sample
 from tests.statistics import assert_same_mean
 
 # Registering a flow fills Pyro's store.
-pytestmark = pytest.mark.usefixtures("param_store")
+pytestmark = pytest.mark.usefixtures("param_store", "one_thread")
 
 SMALL: dict[str, Any] = {"transforms": 2, "hidden_features": 8, "residual_blocks": 1}
 KINDS: dict[str, dict[str, Any]] = {
@@ -31,6 +31,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "box": {"box": (-2.0, 3.0)},
 }
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+@pytest.fixture
+def one_thread(unchanged_global_state: None) -> Iterator[None]:
+    """Run on one thread: the tensors are small."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def _flow(features: int = 2, context_features: int = 0, **settings: Any) -> NeuralSplineFlow:
@@ -107,11 +116,11 @@ def test_elbo_module_holds_the_parameters_of_a_conditional_likelihood() -> None:
 @pytest.mark.parametrize(
     ("kind", "kernel"),
     [
-        ({}, lambda model: NUTS(model, max_tree_depth=5)),
-        ({"coupling": False}, lambda model: HMC(model, trajectory_length=1.5)),
-        ({"box": (-2.0, 3.0)}, lambda model: NUTS(model, max_tree_depth=5)),
+        ({}, lambda model: NUTS(model, max_tree_depth=3)),
+        ({"coupling": False}, lambda model: HMC(model, num_steps=4)),
+        ({"box": (-2.0, 3.0)}, lambda model: HMC(model, num_steps=4)),
     ],
-    ids=["coupling NUTS", "autoregressive HMC", "box NUTS"],
+    ids=["coupling NUTS", "autoregressive HMC", "box HMC"],
 )
 def test_hmc_draws_from_a_prior_that_is_a_flow(
     kind: dict[str, Any], kernel: Callable[[Any], Any]
@@ -121,14 +130,14 @@ def test_hmc_draws_from_a_prior_that_is_a_flow(
     def model() -> None:
         pyro.sample("z", flow())
 
-    mcmc = pyro.infer.MCMC(kernel(model), 600, 100, disable_progbar=True)
+    mcmc = pyro.infer.MCMC(kernel(model), 400, 100, disable_progbar=True)
     mcmc.run()
     found = mcmc.get_samples()["z"][None].detach()
     exact = flow().sample((1, 5000))
     for i in range(2):
         for power in (1, 2):
             first, second = found[..., i] ** power, exact[..., i] ** power
-            assert_same_mean(first, second, min_ess=100, name=f"moment {power} of z[{i}]")
+            assert_same_mean(first, second, min_ess=50, name=f"moment {power} of z[{i}]")
 
 
 # --- guides -------------------------------------------------------------------------------------
@@ -366,8 +375,10 @@ def test_mixture_same_family() -> None:
 # --- other engines ------------------------------------------------------------------------------
 
 
+# Under vmap the knots of a search may not be contiguous, whatever the code inside does.
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")
 @pytest.mark.parametrize(
-    "kind", [{}, {"coupling": False, "inverse": True}], ids=["coupling", "AR"]
+    "kind", [{}, {"coupling": False, "inverse": True}], ids=["coupling", "inverse autoregressive"]
 )
 def test_constrained_hmc_through_the_generator_of_a_flow(kind: dict[str, Any]) -> None:
     flow = _flow(2, **{**kind, "transforms": 1})
@@ -378,12 +389,12 @@ def test_constrained_hmc_through_the_generator_of_a_flow(kind: dict[str, Any]) -
         x = flow.bijection.to_data(z)[0]
         pyro.deterministic("x", x[:1])
 
-    draws = sample(model, {"x": observed}, num_chains=4, num_samples=5, warmup_steps=5)
+    draws = sample(model, {"x": observed}, num_chains=3, num_samples=3, warmup_steps=3)
     z = draws["z"]
-    assert z.shape == (4, 5, 2)
+    assert z.shape == (3, 3, 2)
     x = flow.bijection.to_data(z)[0][..., :1]
-    torch.testing.assert_close(x.detach(), observed.expand(4, 5, 1), rtol=0, atol=1e-7)
-    assert len(z.reshape(-1, 2).unique(dim=0)) > 4
+    torch.testing.assert_close(x.detach(), observed.expand(3, 3, 1), rtol=0, atol=1e-7)
+    assert len(z.reshape(-1, 2).unique(dim=0)) > 3
 
 
 @kinds
