@@ -8,8 +8,8 @@ distributions and over affine flows, trained for as many steps.
 
 The images are scikit-learn's digits, 8 by 8 pixels, drawn black or white anew in every step; the
 model is that of the tutorial ``spline_flows``. Training follows appendix B.2: Adam, its step size
-falling to zero along half a cosine, the Kullback-Leibler term weighted from 0.5 to 1 over the first
-tenth, weights chosen on the validation part. One thread, float32, values in nats.
+falling to zero along half a cosine, the Kullback-Leibler term weighted from 0.5 to 1 over the
+first tenth, weights chosen on the validation part. One thread, float32, values in nats.
 
 Every finished run is a file in ``benchmarks/output/spline_flow_vae``: started again with the same
 settings, the script does what is missing.
