@@ -1,7 +1,7 @@
 """Variational autoencoders with flows as prior and posterior (Durkan et al. 2019, section 5.2).
 
 Claim: spline flows as prior and posterior raise the likelihood of held-out images over normal
-distributions and over affine flows, trained for as many steps.
+distributions, and at least as much as affine flows that are trained for as many steps.
 
     python benchmarks/spline_flow_vae.py
     python benchmarks/spline_flow_vae.py --seeds 0 --steps 500

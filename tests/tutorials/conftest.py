@@ -37,3 +37,14 @@ def abc_baselines() -> ModuleType:
 def figures() -> ModuleType:
     pytest.importorskip("matplotlib")
     return load_module("lotka_volterra", "figures")
+
+
+@pytest.fixture(scope="session")
+def autoencoder() -> ModuleType:
+    return load_module("spline_flows", "vae")
+
+
+@pytest.fixture(scope="session")
+def spline_figures() -> ModuleType:
+    pytest.importorskip("matplotlib")
+    return load_module("spline_flows", "figures")

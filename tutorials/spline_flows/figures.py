@@ -49,6 +49,10 @@ def _axes(columns: int, height: float = 2.9, width: float = 2.7) -> tuple[Figure
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
 def plane_figure(
     panels: Mapping[str, Tensor | TorchDistribution], half: float, *, cells: int = 150
 ) -> Figure:
@@ -74,7 +78,7 @@ def plane_figure(
         figure, axes = _axes(len(panels), width=2.4)
         for ax, (title, density) in zip(axes, densities.items(), strict=True):
             ax.imshow(
-                density.T.numpy(),
+                _array(density).T,
                 origin="lower",
                 extent=(-half, half, -half, half),
                 vmin=0,
@@ -125,7 +129,8 @@ def conditional_figure(
                 f"quantiles of {title!r} must have shape ({len(levels)}, {len(grid)}), got "
                 f"{tuple(lines.shape)}"
             )
-    (filled, bands), *others = quantiles.items()
+    (filled, bands), *others = ((title, _array(lines)) for title, lines in quantiles.items())
+    context, x, grid = map(_array, (context, x, grid))
     with matplotlib.rc_context(STYLE):
         figure, (ax,) = _axes(1, 3.4, 6.0)
         ax.scatter(context, x, s=3, color=BLACK, alpha=0.25, linewidths=0, label="data")
@@ -157,7 +162,7 @@ def uniformity_figure(ranks: Mapping[str, Tensor], *, bins: int = 20) -> Figure:
             expected = len(values) / bins
             spread = 2.58 * np.sqrt(expected * (1 - 1 / bins))
             ax.axhspan(expected - spread, expected + spread, color=ORANGE, alpha=0.35, lw=0)
-            ax.hist(values.numpy(), bins=bins, range=(0, 1), color=BLUE, alpha=0.7)
+            ax.hist(_array(values), bins=bins, range=(0, 1), color=BLUE, alpha=0.7)
             ax.set(title=title, xlabel="P(X < x | c)", ylabel="number")
     return figure
 
@@ -180,7 +185,7 @@ def images_figure(rows: Mapping[str, Tensor], *, columns: int = 16) -> Figure:
                 raise ValueError(f"{images.shape[-1]} pixels of {label!r} are no square image")
             square = images[:columns].reshape(-1, side, side)
             strip = torch.nn.functional.pad(square, (1, 0)).transpose(0, 1).flatten(1)
-            ax.imshow(strip[:, 1:].numpy(), cmap="gray", vmin=0, vmax=1)
+            ax.imshow(_array(strip[:, 1:]), cmap="gray", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
             ax.set_ylabel(label, rotation=0, ha="right", va="center")
     return figure
@@ -202,14 +207,17 @@ def draws_figure(
     :param labels: names of the two variables.
     :returns: a figure with one panel for each.
     """
-    height = (log_density - log_density.max()).exp()
+    height = _array((log_density - log_density.max()).exp())
+    rows, columns = map(_array, grid)
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(len(draws))
         for ax, (title, points) in zip(axes, draws.items(), strict=True):
-            ax.scatter(*points.T, s=2, color=BLUE, alpha=0.35, linewidths=0)
-            ax.contour(*grid, height.T, levels=[0.01, 0.1, 0.5], colors=VERMILION, linewidths=0.8)
+            ax.scatter(*_array(points).T, s=2, color=BLUE, alpha=0.35, linewidths=0)
+            ax.contour(
+                rows, columns, height.T, levels=[0.01, 0.1, 0.5], colors=VERMILION, linewidths=0.8
+            )
             ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
-            ax.set(xlim=(grid[0][0], grid[0][-1]), ylim=(grid[1][0], grid[1][-1]))
+            ax.set(xlim=(rows[0], rows[-1]), ylim=(columns[0], columns[-1]))
     return figure
 
 
@@ -220,8 +228,9 @@ def history_figure(result: FitResult) -> Figure:
     :param FitResult result: of ``fit_density`` with validation data.
     :returns: a figure with one panel, where a dot marks the weights that were kept.
     """
-    smooth = np.convolve(-result.losses.numpy(), np.ones(20) / 20, mode="valid")
-    steps, values = result.validation_steps, result.validation_log_likelihoods
+    smooth = np.convolve(-_array(result.losses), np.ones(20) / 20, mode="valid")
+    steps = _array(result.validation_steps)
+    values = _array(result.validation_log_likelihoods)
     with matplotlib.rc_context(STYLE):
         figure, (ax,) = _axes(1, 2.6, 5.0)
         ax.plot(np.arange(len(smooth)) + 20, smooth, color=ORANGE, lw=1, label="training")

@@ -200,7 +200,8 @@ def build(
 def pixel_probabilities() -> Split:
     """The digits of scikit-learn in rows of 64 grey levels between 0 and 1."""
     split = digits(flat=True)
-    parts = (part.float() / 16 for part in (split.train, split.validation, split.test))
+    dtype = torch.get_default_dtype()
+    parts = (part.to(dtype) / 16 for part in (split.train, split.validation, split.test))
     return Split(*parts, "digits, grey levels as probabilities", split.labels)
 
 
