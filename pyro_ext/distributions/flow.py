@@ -100,14 +100,15 @@ class FlowDistribution(TorchDistribution):
         :returns: shape ``sample_shape + batch_shape``.
         :raises ValueError: if validation is on and the value is not in the support.
         """
-        if self._validate_args:
+        # torch cannot check the support of nothing, and its check cannot be compiled
+        if self._validate_args and value.numel() and not torch.compiler.is_compiling():
             self._validate_sample(value)
         batch_shape = torch.broadcast_shapes(
             value.shape[: value.dim() - len(self.event_shape)], self.batch_shape
         )
         value = value.expand(batch_shape + self.event_shape)
         z, log_det = self._apply(self.bijection.to_noise, value, len(self.event_shape))
-        return self.base.log_prob(z) + log_det
+        return self._noise_log_prob(z) + log_det
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """
@@ -140,7 +141,12 @@ class FlowDistribution(TorchDistribution):
         """
         z = self.base.rsample(torch.Size(sample_shape))
         x, log_det = self._to_data(z)
-        return x, self.base.log_prob(z) - log_det
+        return x, self._noise_log_prob(z) - log_det
+
+    def _noise_log_prob(self, z: Tensor) -> Tensor:
+        if not z.numel():  # of which the distributions of torch cannot sum over the event
+            return z.new_zeros(z.shape[: z.dim() - len(self.base.event_shape)])
+        return self.base.log_prob(z)
 
     def _to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return self._apply(self.bijection.to_data, z, len(self.base.event_shape))
@@ -159,16 +165,13 @@ class FlowDistribution(TorchDistribution):
             return function(value, self.context)
         # A part fits into the processor's cache, and what memory is needed does not grow.
         size = max(1, _ROWS_AT_ONCE * value.shape[0] // num_rows)
+        values_in_parts = value.split(size)
+        contexts: list[Tensor | None] = [self.context] * len(values_in_parts)
+        batch_dim = value.dim() - event_dim
         context = self.context
-        has_rows_of_context = (
-            context is not None
-            and context.dim() - 1 == value.dim() - event_dim
-            and context.shape[0] == value.shape[0]
-        )
-        parts = [
-            function(part, context[i * size : (i + 1) * size] if has_rows_of_context else context)
-            for i, part in enumerate(value.split(size))
-        ]
+        if context is not None and context.dim() == batch_dim + 1 and len(context) == len(value):
+            contexts = list(context.split(size))
+        parts = [function(*part) for part in zip(values_in_parts, contexts, strict=True)]
         values, log_dets = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(log_dets)
 

@@ -93,13 +93,20 @@ class RationalQuadraticSpline(ElementwiseMap):
         dtype = working_dtype(x)
         low, high = (-self.bound, self.bound) if self.tails else (0.0, 1.0)
         settings = SplineSettings(self.bins, low, high, self.min_ratio, self.tails, is_inverse)
-        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad)
-        if needs_gradient and not torch.compiler.is_compiling():
-            value, log_slope, *_ = SplineWithGradient.apply(
-                x.to(dtype), parameters.to(dtype), settings
-            )
+        x_working, parameters = x.to(dtype), parameters.to(dtype)
+        if _profits_from_gradient_in_closed_form(x, parameters):
+            value, log_slope, *_ = SplineWithGradient.apply(x_working, parameters, settings)
         else:
-            value, log_slope, _ = spline(x.to(dtype), parameters.to(dtype), settings)
+            value, log_slope, _ = spline(x_working, parameters, settings)
         if not self.tails:  # rounding must not leave the interval, where nothing is defined
             value = value.clamp(low, high)
         return value.to(x.dtype), log_slope.to(x.dtype)
+
+
+def _profits_from_gradient_in_closed_form(x: Tensor, parameters: Tensor) -> bool:
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad)
+    # The compiler fuses the plain formulas, and functional transforms may be nested to any depth,
+    # which they differentiate better than a function with a gradient of its own. torch has no
+    # public name for the second question, which its own autograd functions ask in the same way.
+    is_transformed = torch._C._are_functorch_transforms_active()
+    return needs_gradient and not (is_transformed or torch.compiler.is_compiling())

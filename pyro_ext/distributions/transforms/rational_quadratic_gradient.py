@@ -6,6 +6,7 @@ much in memory: splines are many small operations on many small numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,6 @@ __all__ = ["SplineWithGradient"]
 
 class SplineWithGradient(torch.autograd.Function):
     """:func:`spline` with its gradient in closed form; returns the pieces after the results."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, parameters: Tensor, settings: SplineSettings) -> tuple[Tensor, ...]:
@@ -47,9 +46,7 @@ class SplineWithGradient(torch.autograd.Function):
         """Gradients to the inputs and the parameters."""
         x, parameters, *pieces = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated itself
-            _, pull_back = torch.func.vjp(
-                lambda *inputs: spline(*inputs, ctx.settings)[:2], x, parameters
-            )
+            pull_back = torch.func.vjp(_results(ctx.settings), x, parameters)[1]
             return *pull_back((grad_value, grad_log_slope)), None
         grad_x, grad_parameters = spline_gradient(
             x, parameters, Pieces(*pieces), ctx.settings, grad_value, grad_log_slope
@@ -60,12 +57,20 @@ class SplineWithGradient(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, parameters_tangent: Tensor, _: None) -> tuple[Tensor, ...]:
         """Derivative along a direction."""
         x, parameters = ctx.saved_tensors
-        _, tangents = torch.func.jvp(
-            lambda *inputs: spline(*inputs, ctx.settings)[:2],
-            (x, parameters),
-            (tangent, parameters_tangent),
-        )
+        tangents = torch.func.jvp(
+            _results(ctx.settings), (x, parameters), (tangent, parameters_tangent)
+        )[1]
         return *tangents, *(None for _ in Pieces._fields)
+
+
+def _results(settings: SplineSettings) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The plain formulas, for derivatives of other kinds and orders."""
+
+    def evaluate(x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        value, log_slope, _ = spline(x, parameters, settings)
+        return value, log_slope
+
+    return evaluate
 
 
 def spline_gradient(
