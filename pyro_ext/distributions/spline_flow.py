@@ -188,7 +188,9 @@ class NeuralSplineFlow(nn.Module):
         first = self.bijection.bijections[0]
         if self._box is None or not isinstance(first, Standardize):
             return constraints.real_vector
-        low, high = first.loc, first.loc + first.scale
+        # The ends as given may be a rounding error outside of those computed here.
+        slack = torch.finfo(first.loc.dtype).eps * (first.loc.abs() + first.scale)
+        low, high = first.loc - slack, first.loc + first.scale + slack
         return constraints.independent(constraints.interval(low, high), 1)
 
     def _check_context(self, context: Tensor | None) -> None:
@@ -200,7 +202,7 @@ class NeuralSplineFlow(nn.Module):
         if context is not None and not self.context_features:
             raise ValueError(
                 f"This flow has no context, but was called with one of shape "
-                f"{tuple(context.shape)}; make it with context_features={context.shape[-1:]}."
+                f"{tuple(context.shape)}; make it with context_features > 0."
             )
         if context is not None and context.shape[-1:] != (self.context_features,):
             raise ValueError(
@@ -213,6 +215,11 @@ def _elementwise_map(
     spline: str | ElementwiseMap, bins: int, bound: float, *, tails: bool
 ) -> ElementwiseMap:
     if isinstance(spline, ElementwiseMap):
+        if getattr(spline, "tails", tails) != tails:
+            raise ValueError(
+                f"spline={spline!r}: one with tails=False maps [0, 1] to itself and needs a box, "
+                "and in a box every spline needs tails=False."
+            )
         return spline
     if spline == "rational_quadratic":
         return RationalQuadraticSpline(bins, bound, tails=tails)
@@ -274,9 +281,14 @@ def _check_at_least_one(**numbers: int) -> None:
 
 
 def _check_box(box: tuple[float | Tensor, float | Tensor], features: int) -> tuple[Tensor, Tensor]:
-    low, high = (
-        torch.as_tensor(side, dtype=torch.get_default_dtype()).expand(features) for side in box
-    )
+    sides = [torch.as_tensor(side, dtype=torch.get_default_dtype()) for side in box]
+    for side in sides:
+        if side.shape not in ((), (1,), (features,)):
+            raise ValueError(
+                f"box has an end of shape {tuple(side.shape)}: give numbers or tensors of shape "
+                f"({features},)."
+            )
+    low, high = (side.expand(features) for side in sides)
     if not bool((low < high).all() and (high - low).isfinite().all()):
         raise ValueError(f"box={box!r}: every lower end has to be below its upper end.")
     return low, high
