@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import HMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import HMC, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.discrete import infer_discrete
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor
@@ -42,12 +42,14 @@ def one_thread(unchanged_global_state: None) -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-def _flow(features: int = 2, context_features: int = 0, **settings: Any) -> NeuralSplineFlow:
+def _flow(
+    features: int = 2, context_features: int = 0, amount: float = 0.3, **settings: Any
+) -> NeuralSplineFlow:
     """A small flow whose parameters are not those it starts with."""
     flow = NeuralSplineFlow(features, context_features, **{**SMALL, **settings})
     with torch.no_grad():
         for parameter in flow.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_(amount * torch.randn_like(parameter))
     return flow
 
 
@@ -114,30 +116,25 @@ def test_elbo_module_holds_the_parameters_of_a_conditional_likelihood() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "kernel"),
-    [
-        ({}, lambda model: NUTS(model, max_tree_depth=3)),
-        ({"coupling": False}, lambda model: HMC(model, num_steps=4)),
-        ({"box": (-2.0, 3.0)}, lambda model: HMC(model, num_steps=4)),
-    ],
-    ids=["coupling NUTS", "autoregressive HMC", "box HMC"],
+    "kind",
+    [{}, {"coupling": False}, {"box": (-2.0, 3.0)}],
+    ids=["coupling", "autoregressive", "box"],
 )
-def test_hmc_draws_from_a_prior_that_is_a_flow(
-    kind: dict[str, Any], kernel: Callable[[Any], Any]
-) -> None:
-    flow = _flow(**kind)
+def test_hmc_draws_from_a_prior_that_is_a_flow(kind: dict[str, Any]) -> None:
+    flow = _flow(**{"amount": 0.1, **kind, "transforms": 1}).requires_grad_(False)
 
     def model() -> None:
         pyro.sample("z", flow())
 
-    mcmc = pyro.infer.MCMC(kernel(model), 300, 60, disable_progbar=True)
+    kernel = HMC(model, step_size=0.3, trajectory_length=1.5)
+    mcmc = pyro.infer.MCMC(kernel, 400, 80, disable_progbar=True)
     mcmc.run()
     found = mcmc.get_samples()["z"][None].detach()
     exact = flow().sample((1, 5000))
     for i in range(2):
         for power in (1, 2):
             first, second = found[..., i] ** power, exact[..., i] ** power
-            assert_same_mean(first, second, min_ess=40, name=f"moment {power} of z[{i}]")
+            assert_same_mean(first, second, min_ess=60, name=f"moment {power} of z[{i}]")
 
 
 # --- guides -------------------------------------------------------------------------------------
@@ -381,13 +378,7 @@ def test_mixture_same_family() -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(
-            {},
-            marks=pytest.mark.xfail(
-                raises=(AssertionError, RuntimeError),
-                reason="the closed-form gradient of the inverse spline inside vjp(vmap(jacrev))",
-            ),
-        ),
+        {},
         {"coupling": False, "inverse": True},
         {"spline": "quadratic"},
     ],

@@ -32,9 +32,10 @@ class RationalQuadraticSpline(ElementwiseMap):
     paper's in three ways, because with a softmax and a softplus one large parameter is enough to
     make the inverse useless in single precision:
 
-    * all of them are bounded smoothly, :math:`\theta / (1 + |\theta| / c)` with
-      :math:`c = -\tfrac12 \log` ``min_ratio``, so that no width, height or relative derivative
-      is less than ``min_ratio`` of the largest possible one;
+    * all of them are bounded smoothly, :math:`(t + \theta) / (t - \theta)` with
+      :math:`t = 2 + |\theta| / b` in the place of an exponential, where
+      :math:`b = (1 - \sqrt r) / (1 + \sqrt r)` and r is ``min_ratio``: no width, height or
+      relative derivative is less than ``min_ratio`` of the largest possible one;
     * a derivative is given relative to the harmonic mean of the slopes of the two bins it joins
       (Fritsch and Butland 1984 choose derivatives of monotone interpolants so), which keeps both
       pieces well conditioned however much the bins differ;

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .knots import bounded_positive, bounded_positive_log_slope
@@ -146,7 +147,7 @@ def spline_gradient(
     )
     slope = bounded_positive_log_slope(parameters, settings.min_ratio)
     grad_x = torch.where(is_inside, grad_x, grad_outside) if settings.tails else grad_x * is_inside
-    return grad_x, grad_relative.mul_(slope)
+    return grad_x, grad_relative * slope
 
 
 def _to_log_relative(
@@ -199,10 +200,8 @@ def _to_log_relative(
     of_sum = (from_low / -length)[..., None]
     is_before = torch.arange(K, device=pieces.k.device) < pieces.k[..., None, None]
     sizes = relative[..., : 2 * K].unflatten(-1, (2, K))
-    gradient = relative.new_zeros(*pieces.k.shape, settings.num_parameters)
-    torch.mul(
-        sizes,
-        torch.where(is_before, before[..., None] + of_sum, of_sum),
-        out=gradient[..., : 2 * K].unflatten(-1, (2, K)),
-    )
-    return gradient.scatter_add_(-1, indices_of_piece(pieces.k, settings), of_piece)
+    share = torch.where(is_before, before[..., None] + of_sum, of_sum)
+    # Out of place, so that gradients in batches (`is_grads_batched`) work too.
+    of_sizes = (sizes * share).reshape(*pieces.k.shape, 2 * K)
+    gradient = F.pad(of_sizes, (0, settings.num_parameters - 2 * K))
+    return gradient.scatter_add(-1, indices_of_piece(pieces.k, settings), of_piece)

@@ -104,7 +104,7 @@ def _solve(eta: Tensor, r_left: Tensor, r_right: Tensor) -> Tensor:
     # The coefficients divided by the height and the slope of the piece; then a + b = 1, c = -eta,
     # and the discriminant is a sum of two terms that cannot be negative.
     twice = eta + eta
-    shifted = torch.addcmul(r_left, eta, r_left + r_right, value=-1.0)
+    shifted = r_left - eta * (r_left + r_right)
     b = shifted + twice
     root = torch.addcmul(shifted * shifted, twice + twice, 1.0 - eta).sqrt()
     # Of the two forms of the root the one in which nothing cancels.

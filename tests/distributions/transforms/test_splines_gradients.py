@@ -134,19 +134,7 @@ def test_derivatives_of_every_order_and_mode(
     assert gradgradcheck(evaluate, inputs)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(
-            RationalQuadraticSpline,
-            marks=pytest.mark.xfail(
-                raises=RuntimeError,
-                reason="`out=` in the closed form has no batching rule; torch.func is fine",
-            ),
-        ),
-        QuadraticSpline,
-    ],
-)
+@families
 @directions
 def test_batches_of_gradients(family: Callable[..., Spline], direction: str) -> None:
     """As ``torch.autograd.functional.jacobian(vectorize=True)`` takes them."""
