@@ -134,7 +134,7 @@ def test_hmc_draws_from_a_prior_that_is_a_flow(kind: dict[str, Any]) -> None:
     for i in range(2):
         for power in (1, 2):
             first, second = found[..., i] ** power, exact[..., i] ** power
-            assert_same_mean(first, second, min_ess=60, name=f"moment {power} of z[{i}]")
+            assert_same_mean(first, second, min_ess=40, name=f"moment {power} of z[{i}]")
 
 
 # --- guides -------------------------------------------------------------------------------------
