@@ -57,9 +57,9 @@ class NeuralSplineFlow(nn.Module):
     ===================  =========================================
 
     With ``coupling=True`` density and draws both take one pass. With ``coupling=False`` the model
-    is more flexible for its size; its density takes one pass, and its draws, one feature after
-    the other, less than two to four passes of time. With ``inverse=True`` it is the other way
-    round, as a guide wants it.
+    is more flexible for its size; its density takes one pass, and its draws go feature by feature,
+    each unit of the networks computed once: the arithmetic of about one pass in many small steps.
+    With ``inverse=True`` it is the other way round, as a guide wants it.
 
     The splines act on [-bound, bound]: data should have about unit scale.
     :meth:`initialize` takes mean and scale from the data, and
