@@ -17,6 +17,7 @@ MATHEMATICS = [
     "projection",
     "system",
     "structure",
+    "chainwise",
     "adaptation",
     "status",
 ]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .chainwise import select_chains, take_chains
 from .projection import Projection, Projector, Tolerances
 from .status import Status
 from .structure import DenseJacobian
@@ -50,7 +51,7 @@ def leapfrog_step(
     scale: Tensor,
     settings: IntegratorSettings,
     state: PhaseState,
-    step_size: float,
+    step_size: float | Tensor,
     status: Tensor,
 ) -> tuple[PhaseState, StepInfo]:
     """
@@ -60,11 +61,13 @@ def leapfrog_step(
     :param Tensor scale: scale of each input, ``(dim,)``.
     :param settings: solver, tolerances and number of geodesic sub-steps.
     :param state: where the chains are.
-    :param float step_size: time step, in standard deviations of the inputs; negative to go back.
+    :param step_size: time step, in standard deviations of the inputs; negative to go back. One
+        for all chains, or a tensor ``(chains,)``.
     :param Tensor status: ``(chains,)``; chains whose status is not ``CONVERGED`` stay put.
     :returns: the new state and what happened. The argument is not modified.
     """
     point, momentum = state
+    step_size = step_size.unsqueeze(-1) if isinstance(step_size, Tensor) else step_size
     momentum = project_momentum(point.jacobian, momentum - 0.5 * step_size * point.gradient)
     position, jacobian = point.position, point.jacobian
     iterations = torch.zeros_like(status)
@@ -94,27 +97,8 @@ def leapfrog_step(
         residual = torch.maximum(residual, forward.residual)
         position, jacobian = new_position, new_jacobian
     momentum = project_momentum(jacobian, momentum - 0.5 * step_size * new_point.gradient)
-    new_state = select(status == Status.CONVERGED, PhaseState(new_point, momentum), state)
+    new_state = select_chains(status == Status.CONVERGED, PhaseState(new_point, momentum), state)
     return new_state, StepInfo(status, iterations, residual)
-
-
-def select(mask: Tensor, new: PhaseState, old: PhaseState) -> PhaseState:
-    """Take chains from ``new`` where ``mask`` holds and from ``old`` elsewhere."""
-    if bool(mask.all()):
-        return new
-    return PhaseState(_select_point(mask, new.point, old.point), _where(mask, new[1], old[1]))
-
-
-def _select_point(mask: Tensor, new: Point, old: Point) -> Point:
-    jacobian = DenseJacobian(
-        *(_where(mask, a, b) for a, b in zip(new.jacobian, old.jacobian, strict=True))
-    )
-    return Point(
-        position=_where(mask, new.position, old.position),
-        jacobian=jacobian,
-        energy=_where(mask, new.energy, old.energy),
-        gradient=_where(mask, new.gradient, old.gradient),
-    )
 
 
 def _project(
@@ -138,7 +122,7 @@ def _project(
     failed = ((status == Status.CONVERGED) & ~result.is_converged).nonzero().squeeze(-1)
     if settings.fallback is None or len(failed) == 0:
         return result
-    subset = DenseJacobian(*(part[failed] for part in jacobian))
+    subset = take_chains(jacobian, failed)
     retry = settings.fallback(*functions, start[failed], subset, settings.tolerances)
     return Projection(
         position=result.position.index_copy(0, failed, retry.position),
@@ -155,7 +139,3 @@ def _ok(status: Tensor) -> Tensor:
 def _mark(status: Tensor, mask: Tensor, code: Status) -> Tensor:
     """Give chains without a failure so far the status ``code`` where ``mask`` holds."""
     return torch.where(mask & (status == Status.CONVERGED), int(code), status)
-
-
-def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(mask.reshape(mask.shape + (1,) * (new.dim() - 1)), new, old)

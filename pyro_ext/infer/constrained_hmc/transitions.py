@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .integrator import IntegratorSettings, PhaseState, leapfrog_step, select
+from .chainwise import join_chains, select_chains, split_chains
+from .integrator import IntegratorSettings, PhaseState, leapfrog_step
 from .status import Status
-from .structure import DenseJacobian, LinAlgError
+from .structure import LinAlgError
 from .system import Point, System, project_momentum, total_energy
 
 __all__ = ["TransitionInfo", "hmc_transition"]
@@ -59,12 +59,8 @@ def hmc_transition(
     try:
         return _transition(*arguments, point, residual, noise, uniform)
     except LinAlgError:  # an operation of the model refused the input of a chain
-        chains = zip(
-            _rows(point), residual.split(1), noise.split(1), uniform.split(1), strict=True
-        )
-        results = [_single_transition(*arguments, *chain) for chain in chains]
-    points, infos = zip(*results, strict=True)
-    return _stack_points(points), TransitionInfo(*map(torch.cat, zip(*infos, strict=True)))
+        chains = split_chains((point, residual, noise, uniform))
+        return join_chains([_single_transition(*arguments, *chain) for chain in chains])
 
 
 def _transition(
@@ -99,7 +95,7 @@ def _transition(
     accept_prob = (-change).exp().clamp(max=1.0)
     accept_prob = torch.where(status == Status.CONVERGED, accept_prob, 0.0)
     is_accepted = uniform < accept_prob
-    state = select(is_accepted, state, start)
+    state = select_chains(is_accepted, state, start)
     return state.point, TransitionInfo(
         accept_prob=accept_prob,
         is_accepted=is_accepted,
@@ -137,25 +133,3 @@ def _single_transition(
             constraint_residual=residual,
             energy=total_energy(point, project_momentum(point.jacobian, noise)),
         )
-
-
-def _rows(point: Point) -> list[Point]:
-    """A batch of points as batches of one."""
-    jacobians = zip(*(part.split(1) for part in point.jacobian), strict=True)
-    parts = (point.position.split(1), point.energy.split(1), point.gradient.split(1))
-    return [
-        Point(position, DenseJacobian(*jacobian), energy, gradient)
-        for position, energy, gradient, jacobian in zip(*parts, jacobians, strict=True)
-    ]
-
-
-def _stack_points(points: Sequence[Point]) -> Point:
-    jacobian = DenseJacobian(
-        *(torch.cat(parts) for parts in zip(*(p.jacobian for p in points), strict=True))
-    )
-    return Point(
-        position=torch.cat([p.position for p in points]),
-        jacobian=jacobian,
-        energy=torch.cat([p.energy for p in points]),
-        gradient=torch.cat([p.gradient for p in points]),
-    )

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_ext.infer.constrained_hmc.integrator import PhaseState, StepInfo, leapfrog_step, select
+from pyro_ext.infer.constrained_hmc.integrator import PhaseState, StepInfo, leapfrog_step
 from pyro_ext.infer.constrained_hmc.projection import Projector, hybrid, newton, quasi_newton
 from pyro_ext.infer.constrained_hmc.status import Status
-from pyro_ext.infer.constrained_hmc.system import System, project_momentum, total_energy
+from pyro_ext.infer.constrained_hmc.system import System, total_energy
 from tests.infer.constrained_hmc.problems import (
     PROBLEMS,
     Problem,
@@ -295,14 +295,17 @@ def test_iterations_count_both_directions() -> None:
     assert (three.iterations > one.iterations).all()
 
 
-def test_select_takes_chains_from_either_state() -> None:
+@each_inner
+def test_every_chain_can_have_a_step_of_its_own(num_inner_steps: int) -> None:
+    """Chains in different directions at once; each goes where it would go alone."""
     problem = PROBLEMS["quadrics"]
-    a, b = phase_state(problem, 3, seed=0), phase_state(problem, 3, seed=5)
-    mixed = select(torch.tensor([True, False, True]), a, b)
-    assert torch.equal(mixed.point.position[0], a.point.position[0])
-    assert torch.equal(mixed.point.position[1], b.point.position[1])
-    assert torch.equal(mixed.point.jacobian.dual[1], b.point.jacobian.dual[1])
-    assert torch.equal(mixed.momentum[2], a.momentum[2])
-    torch.testing.assert_close(
-        project_momentum(mixed.point.jacobian, mixed.momentum), mixed.momentum
-    )
+    start = phase_state(problem, 3)
+    steps = torch.tensor([0.1, -0.05, 0.02])
+    one, status = torch.ones(problem.dim), torch.zeros(3, dtype=torch.long)
+    chosen = settings(problem, num_inner_steps=num_inner_steps)
+    end, info = leapfrog_step(system(problem), one, chosen, start, steps, status)
+    assert (info.status == Status.CONVERGED).all()
+    for i, step in enumerate(steps.tolist()):
+        alone, _ = leapfrog_step(system(problem), one, chosen, start, step, status)
+        torch.testing.assert_close(end.point.position[i], alone.point.position[i])
+        torch.testing.assert_close(end.momentum[i], alone.momentum[i])
