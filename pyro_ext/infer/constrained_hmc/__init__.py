@@ -5,7 +5,8 @@ Layers, each importing only those to its right:
 ``kernel`` and ``model`` alone know Pyro.
 """
 
-from .kernel import ConstrainedHMC as ConstrainedHMC
+from .hmc import ConstrainedHMC as ConstrainedHMC
+from .nuts import ConstrainedNUTS as ConstrainedNUTS
 from .status import Status as Status
 
-__all__ = ["ConstrainedHMC", "Status"]
+__all__ = ["ConstrainedHMC", "ConstrainedNUTS", "Status"]

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chainwise import select_chains, take_chains
+from .chainwise import join_chains, select_chains, split_chains, take_chains
 from .projection import Projection, Projector, Tolerances
 from .status import Status
-from .structure import DenseJacobian
+from .structure import DenseJacobian, LinAlgError
 from .system import Point, System, project_momentum
 
 __all__ = ["IntegratorSettings", "PhaseState", "StepInfo", "leapfrog_step"]
@@ -64,10 +64,44 @@ def leapfrog_step(
     :param step_size: time step, in standard deviations of the inputs; negative to go back. One
         for all chains, or a tensor ``(chains,)``.
     :param Tensor status: ``(chains,)``; chains whose status is not ``CONVERGED`` stay put.
-    :returns: the new state and what happened. The argument is not modified.
+    :returns: the new state and what happened. The argument is not modified. A chain on whose
+        inputs an operation of the model raises stays put, with status ``DIVERGENT``.
     """
+    steps = torch.as_tensor(step_size).to(state.point.energy).expand_as(state.point.energy)
+    arguments = (system, scale, settings)
+    try:
+        return _step(*arguments, state, steps, status)
+    except LinAlgError:  # which does not say for which chain
+        rows = split_chains((state, steps, status))
+        return join_chains([_single_step(*arguments, *row) for row in rows])
+
+
+def _single_step(
+    system: System,
+    scale: Tensor,
+    settings: IntegratorSettings,
+    state: PhaseState,
+    step_size: Tensor,
+    status: Tensor,
+) -> tuple[PhaseState, StepInfo]:
+    """One chain on its own, to find out whether it is the one for which the model raises."""
+    try:
+        return _step(system, scale, settings, state, step_size, status)
+    except LinAlgError:
+        failed = _mark(status, torch.ones_like(status, dtype=torch.bool), Status.DIVERGENT)
+        return state, StepInfo(failed, torch.zeros_like(status), torch.zeros_like(step_size))
+
+
+def _step(
+    system: System,
+    scale: Tensor,
+    settings: IntegratorSettings,
+    state: PhaseState,
+    step_sizes: Tensor,
+    status: Tensor,
+) -> tuple[PhaseState, StepInfo]:
     point, momentum = state
-    step_size = step_size.unsqueeze(-1) if isinstance(step_size, Tensor) else step_size
+    step_size = step_sizes.unsqueeze(-1)
     momentum = project_momentum(point.jacobian, momentum - 0.5 * step_size * point.gradient)
     position, jacobian = point.position, point.jacobian
     iterations = torch.zeros_like(status)

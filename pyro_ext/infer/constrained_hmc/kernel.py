@@ -1,32 +1,20 @@
-"""The MCMC kernel: constrained HMC as Pyro users type it."""
+"""What the MCMC kernels on manifolds share: the protocol of Pyro's kernels, and one run."""
 
 from __future__ import annotations
 
-import math
 import warnings
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 from torch.func import vmap
 
 from ...errors import PrecisionWarning, SamplingWarning
 from ..vectorized import VectorizedKernel
-from .adaptation import (
-    DualAveraging,
-    RunningVariance,
-    dual_averaging_final,
-    dual_averaging_init,
-    dual_averaging_update,
-    find_reasonable_step_size,
-    input_scale,
-    running_variance_init,
-    running_variance_update,
-    window_ends,
-)
+from .adaptation import dual_averaging_init, running_variance_init
 from .assembly import build_system, default_tolerances
 from .compilation import CompiledSystem
 from .integrator import IntegratorSettings
@@ -35,111 +23,38 @@ from .projection import Projector, Tolerances, hybrid, newton, quasi_newton
 from .records import RunRecord
 from .start import initial_positions, values_per_chain
 from .status import Status
-from .system import Point, System
-from .transitions import TransitionInfo, hmc_transition
+from .system import System
+from .transitions import TransitionInfo
+from .warmup import Chains, WarmupSettings, adapt, rescue_factor, restart_step_size
 
-__all__ = ["ConstrainedHMC"]
+__all__ = ["ConstrainedKernel", "Draw", "check_positive"]
 
 _PROJECTORS: dict[str, Projector] = {"quasi-newton": quasi_newton, "newton": newton}
 _JACOBIAN_MODES = ("auto", "forward", "reverse")
-_STUCK_AFTER = 20  # rejections in a row
-_RESCUE_AFTER = 5  # rejections in a row: one in a few thousand at the usual acceptance
 
 
-class _Chains(NamedTuple):
-    """State of a run, between two draws."""
+class Draw(NamedTuple):
+    """One draw of every chain."""
 
-    point: Point
-    residual: Tensor  # (chains,)
-    scale: Tensor  # (dim,) of the inputs
-    step_size: float
-    averaging: DualAveraging
-    variance: RunningVariance
-    rejections: Tensor  # (chains,) proposals rejected lately
-    iteration: int
+    chains: Chains  # with the new points
+    info: TransitionInfo
+    accept_statistic: float  # what the step size adapts to
+    statistics: dict[str, float | Tensor]  # to be recorded beside ``info``
 
 
-class ConstrainedHMC(VectorizedKernel):
-    r"""
-    Constrained Hamiltonian Monte Carlo: condition on *outputs* of a differentiable generator.
+class ConstrainedKernel(VectorizedKernel):
+    """
+    An MCMC kernel on the manifold of inputs that reproduce the observed outputs.
 
-    A model whose :func:`pyro.deterministic` sites are conditioned defines a manifold, the set
-    of inputs :math:`u` that reproduce the given outputs exactly, :math:`c(u) = g(u) - y = 0`. The
-    kernel samples
-
-    .. math::
-
-        \pi(u) \propto p(u)\,\bigl|J(u)J(u)^\top\bigr|^{-1/2},
-        \qquad J = \partial c/\partial u
-
-    on that manifold, which is the exact posterior given :math:`g(u) = y`, without a tolerance
-    and without a likelihood (Graham and Storkey 2017, eq. 4 and algorithm 1). Observed sample
-    sites stay what they are, a factor of :math:`p`. Samples come back in the model's own
-    coordinates; inside, every latent site is standardised, so that step sizes are in units of
-    prior standard deviations.
-
-    Use float64 (``torch.set_default_dtype(torch.float64)``): outputs are matched to 1e-9 then.
-    A float32 model runs with a warning and tolerances to match.
-
-    :param model: a Pyro model with at least one conditioned deterministic site, or one
-        conditioned ``pyro.sample(name, Delta(value))`` site.
-    :param float step_size: integrator step; where adaptation starts when it is adapted.
-    :param num_steps: integrator steps of a trajectory; by default as many as cover
-        ``trajectory_length``.
-    :param trajectory_length: integration time of a trajectory, default :math:`\pi/2`, a quarter
-        turn of a standard normal, after which draws are nearly uncorrelated. Ignored when
-        ``num_steps`` is given.
-    :param float jitter: every trajectory's length is multiplied by a uniform draw from
-        ``[1 - jitter, 1 + jitter]``, shared by the chains, against resonances. The step used is
-        shortened to divide the length evenly, never lengthened.
-    :param int max_num_steps: most steps of a trajectory whose length is given as time.
-    :param int num_inner_steps: geodesic steps per integrator step (:math:`N_i` in algorithm 1).
-    :param bool adapt_step_size: adapt the step size during warm-up, by dual averaging of the
-        acceptance probability over all chains.
-    :param bool adapt_mass_matrix: scale inputs by their posterior standard deviations, measured
-        during warm-up (a diagonal mass matrix).
-    :param float target_accept_prob: acceptance probability that adaptation aims at.
-    :param str projection: ``"quasi-newton"`` (one constraint evaluation per iteration) or
-        ``"newton"`` (a new Jacobian per iteration).
-    :param bool use_fallback: try MINPACK's hybrid method on chains whose projection failed,
-        after warm-up.
-    :param constraint_tol: largest residual of an output, in its own units. The default follows
-        the precision, 1e-9 in float64.
-    :param int max_projection_iters: most iterations of one projection.
-    :param init_strategy: a per-site initialisation function from
-        :mod:`pyro.infer.autoguide.initialization`; chains start at the nearest inputs
-        that reproduce the outputs. The default draws from the prior.
-    :param str jacobian_mode: differentiate outputs in ``"forward"`` or ``"reverse"`` mode;
-        ``"auto"`` takes the one that computes less.
-    :param bool compile: record the model once and compile it to native code with
-        :func:`torch.compile`; pays off in long runs.
-    :raises ValueError: for arguments out of range, and when a run starts, if the model cannot be
-        sampled exactly; the message names the site and the cure.
-
-    **References**
-
-    Matthew M. Graham and Amos J. Storkey (2017), *Asymptotically exact inference in
-    differentiable generative models*, AISTATS, arXiv:1605.07826.
-
-    Example::
-
-        >>> from pyro_ext import MCMC
-        >>> def model():
-        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
-        ...     pyro.deterministic("radius", x.norm())
-        >>> conditioned = pyro.condition(model, {"radius": torch.tensor(2.0)})
-        >>> mcmc = MCMC(ConstrainedHMC(conditioned), num_samples=50, warmup_steps=50,
-        ...             num_chains=4, disable_progbar=True)
-        >>> mcmc.run()
-        >>> bool((mcmc.get_samples()["x"].norm(dim=-1) - 2.0).abs().max() < 1e-8)
-        True
+    Subclasses say what a trajectory is, in :meth:`_draw`. Arguments are those of
+    :class:`ConstrainedHMC`.
     """
 
     # state of a run, set by setup()
     _model: ConstrainedModel
     _system: System
     _tolerances: Tolerances
-    _chains: _Chains
+    _chains: Chains
     _record: RunRecord
     _preset: dict[str, Tensor]
     _params: dict[str, Tensor]
@@ -153,49 +68,36 @@ class ConstrainedHMC(VectorizedKernel):
         self,
         model: Callable[..., Any],
         *,
-        step_size: float = 0.5,
-        num_steps: int | None = None,
-        trajectory_length: float | None = None,
-        jitter: float = 0.5,
-        max_num_steps: int = 100,
-        num_inner_steps: int = 1,
-        adapt_step_size: bool = True,
-        adapt_mass_matrix: bool = False,
-        target_accept_prob: float = 0.8,
-        projection: str = "quasi-newton",
-        use_fallback: bool = True,
-        constraint_tol: float | None = None,
-        max_projection_iters: int = 50,
-        init_strategy: Callable[..., Any] = init_to_sample,
-        jacobian_mode: str = "auto",
-        compile: bool = False,
+        step_size: float,
+        num_inner_steps: int,
+        adapt_step_size: bool,
+        adapt_mass_matrix: bool,
+        target_accept_prob: float,
+        projection: str,
+        use_fallback: bool,
+        constraint_tol: float | None,
+        max_projection_iters: int,
+        init_strategy: Callable[..., Any],
+        jacobian_mode: str,
+        compile: bool,
     ) -> None:
         super().__init__()
         if not callable(model):
             raise TypeError(
                 f"model must be a function with pyro.sample sites, got {type(model).__name__}."
             )
-        _check_positive(
+        check_positive(
             step_size=step_size,
-            trajectory_length=trajectory_length,
-            num_steps=num_steps,
-            max_num_steps=max_num_steps,
             num_inner_steps=num_inner_steps,
             constraint_tol=constraint_tol,
             max_projection_iters=max_projection_iters,
         )
         _check_choice("projection", projection, tuple(_PROJECTORS))
         _check_choice("jacobian_mode", jacobian_mode, _JACOBIAN_MODES)
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter must lie in [0, 1), got {jitter}.")
         if not 0 < target_accept_prob < 1:
             raise ValueError(f"target_accept_prob must lie in (0, 1), got {target_accept_prob}.")
         self.model = model
         self.step_size = step_size
-        self.num_steps = num_steps
-        self.trajectory_length = math.pi / 2 if trajectory_length is None else trajectory_length
-        self.jitter = jitter
-        self.max_num_steps = max_num_steps
         self.num_inner_steps = num_inner_steps
         self.adapt_step_size = adapt_step_size
         self.adapt_mass_matrix = adapt_mass_matrix
@@ -208,6 +110,24 @@ class ConstrainedHMC(VectorizedKernel):
         self.jacobian_mode = jacobian_mode
         self.compile = compile
         self._clear()
+
+    @abstractmethod
+    def _draw(
+        self, chains: Chains, settings: IntegratorSettings, rescue: float, *, is_adapting: bool
+    ) -> Draw:
+        """
+        Draw once from every chain.
+
+        :param chains: where they are.
+        :param settings: how to integrate.
+        :param float rescue: factor on the step size, less than one while a chain is stuck.
+        :param bool is_adapting: whether to learn from the draw what is special to the subclass.
+        """
+
+    @classmethod
+    @abstractmethod
+    def _new_record(cls) -> RunRecord:
+        """An empty record of a run."""
 
     # -- the protocol of pyro.infer.mcmc ------------------------------------------------------
 
@@ -248,30 +168,26 @@ class ConstrainedHMC(VectorizedKernel):
         """
         chains = self._chains
         is_warmup = chains.iteration < self._warmup_steps
-        shortening = self._shortening(chains) if is_warmup else 1.0
-        step_size, num_steps = self._trajectory(chains.step_size)
-        step_size *= shortening
+        rescue = rescue_factor(chains, self._warmup_steps) if is_warmup else 1.0
+        is_adapting = is_warmup and rescue == 1.0
         settings = self._settings(with_fallback=self.use_fallback and not is_warmup)
         with torch.no_grad():
-            point, info = hmc_transition(
-                self._system, chains.scale, settings, chains.point, chains.residual,
-                step_size, num_steps,
-            )  # fmt: skip
-            chains = chains._replace(
-                point=point,
+            draw = self._draw(chains, settings, rescue, is_adapting=is_adapting)
+            info, rejections = draw.info, chains.rejections
+            chains = draw.chains._replace(
                 residual=info.constraint_residual,
                 # an acceptance after many rejections does not yet end a chain's troubles
-                rejections=torch.where(
-                    info.is_accepted, chains.rejections // 2, chains.rejections + 1
-                ),
+                rejections=torch.where(info.is_accepted, rejections // 2, rejections + 1),
                 iteration=chains.iteration + 1,
             )
-            is_adapting = is_warmup and shortening == 1.0
-            self._chains = self._adapt(chains, info) if is_adapting else chains
-            self._params = self._to_params(self._chains)
+            if is_adapting:
+                warmup = self._warmup_settings()
+                chains = adapt(self._system, settings, warmup, chains, draw.accept_statistic)
+            self._chains = chains
+            self._params = self._to_params(chains)
         self._show(info)
         if not is_warmup:
-            self._record.append(info, step_size)
+            self._record.append(info, draw.statistics)
         return dict(self._params)
 
     def logging(self) -> OrderedDict[str, str]:
@@ -334,7 +250,7 @@ class ConstrainedHMC(VectorizedKernel):
     def _clear(self) -> None:
         """Forget everything about earlier runs."""
         self._preset, self._params = {}, {}
-        self._record = RunRecord()
+        self._record = self._new_record()
         self._warmup_steps = self._num_shown = 0
         self._mean_accept_prob = self._mean_failures = 0.0
         self._is_finished = False
@@ -361,7 +277,7 @@ class ConstrainedHMC(VectorizedKernel):
         position = initial_positions(model, system, self._tolerances, self.init_strategy, values)
         self._system = CompiledSystem(system, len(position)) if self.compile else system
         residual = system.constraint(position, one).abs().amax(-1)
-        self._chains = _Chains(
+        self._chains = Chains(
             point=self._system.point(position, one),
             residual=residual,
             scale=one,
@@ -369,33 +285,17 @@ class ConstrainedHMC(VectorizedKernel):
             averaging=dual_averaging_init(self.step_size, shrinkage=1.0),
             variance=running_variance_init(structure.dim, position),
             rejections=torch.zeros(len(position), dtype=torch.long, device=position.device),
+            length=None,
             iteration=0,
         )
         if self.adapt_step_size and self._warmup_steps > 0:
-            self._chains = self._restart_step_size(self._chains)
+            self._chains = restart_step_size(
+                self._system,
+                self._settings(with_fallback=False),
+                self.target_accept_prob,
+                self._chains,
+            )
         self._params = self._to_params(self._chains)
-
-    def _trajectory(self, step_size: float) -> tuple[float, int]:
-        """Step size and number of steps of the next trajectory, with jitter."""
-        length = self.trajectory_length if self.num_steps is None else self.num_steps * step_size
-        most = self.max_num_steps if self.num_steps is None else 2 * self.num_steps
-        length *= 1 + self.jitter * (2 * float(torch.rand(())) - 1)
-        # one step less where the last would be shorter than rounding
-        num_steps = min(max(1, math.ceil(length / step_size - 1e-9)), most)
-        return min(length / num_steps, step_size), num_steps
-
-    def _shortening(self, chains: _Chains) -> float:
-        """
-        Factor on the step size of every other trajectory of warm-up while some chain is stuck.
-
-        A chain that starts far out, where the constraint curves more than elsewhere, may reject
-        every step that suits the others; shorter and shorter ones lead it back.
-        """
-        worst = int(chains.rejections.max())
-        is_last = chains.iteration == self._warmup_steps - 1
-        if worst < _RESCUE_AFTER or chains.iteration % 2 == 0 or is_last:
-            return 1.0
-        return 0.5 ** min(worst - _RESCUE_AFTER + 1, 10)
 
     def _settings(self, *, with_fallback: bool) -> IntegratorSettings:
         return IntegratorSettings(
@@ -405,56 +305,15 @@ class ConstrainedHMC(VectorizedKernel):
             num_inner_steps=self.num_inner_steps,
         )
 
-    def _restart_step_size(self, chains: _Chains) -> _Chains:
-        settings = self._settings(with_fallback=False)
-
-        def accept_prob(step_size: float) -> float:
-            _, info = hmc_transition(
-                self._system, chains.scale, settings, chains.point, chains.residual, step_size, 1
-            )
-            return _adaptation_statistic(info, chains.rejections)
-
-        step_size = find_reasonable_step_size(
-            accept_prob, chains.step_size, self.target_accept_prob
-        )
-        return chains._replace(
-            step_size=step_size, averaging=dual_averaging_init(step_size, shrinkage=1.0)
+    def _warmup_settings(self) -> WarmupSettings:
+        return WarmupSettings(
+            num_steps=self._warmup_steps,
+            adapt_step_size=self.adapt_step_size,
+            adapt_mass_matrix=self.adapt_mass_matrix,
+            target_accept_prob=self.target_accept_prob,
         )
 
-    def _adapt(self, chains: _Chains, info: TransitionInfo) -> _Chains:
-        is_last = chains.iteration == self._warmup_steps
-        if self.adapt_step_size:
-            averaging = dual_averaging_update(
-                chains.averaging,
-                _adaptation_statistic(info, chains.rejections),
-                self.target_accept_prob,
-                # the mean over many chains is less noisy than one chain's probability, for which
-                # 0.05 is right, and would make the step size swing by factors of ten
-                gamma=0.05 * math.sqrt(min(len(chains.rejections), 16)),
-            )
-            final = dual_averaging_final(averaging)
-            step_size = final if is_last else math.exp(averaging.log_step_size)
-            chains = chains._replace(averaging=averaging, step_size=step_size)
-        return self._adapt_scale(chains) if self.adapt_mass_matrix else chains
-
-    def _adapt_scale(self, chains: _Chains) -> _Chains:
-        ends = window_ends(self._warmup_steps)
-        if not ends or not ends[0] <= chains.iteration <= ends[-1]:
-            return chains
-        inputs = chains.point.position * chains.scale
-        variance = running_variance_update(chains.variance, inputs)
-        chains = chains._replace(variance=variance)
-        if chains.iteration not in ends[1:]:
-            return chains
-        scale = input_scale(variance)
-        chains = chains._replace(
-            point=self._system.point(inputs / scale, scale),
-            scale=scale,
-            variance=running_variance_init(len(scale), scale),
-        )
-        return self._restart_step_size(chains) if self.adapt_step_size else chains
-
-    def _to_params(self, chains: _Chains) -> dict[str, Tensor]:
+    def _to_params(self, chains: Chains) -> dict[str, Tensor]:
         inputs = chains.point.position * chains.scale
         if self.num_chains is None:
             return self._model.values(inputs[0])
@@ -476,22 +335,8 @@ class ConstrainedHMC(VectorizedKernel):
         self._mean_failures += weight * (failures - self._mean_failures)
 
 
-def _adaptation_statistic(info: TransitionInfo, rejections: Tensor) -> float:
-    """
-    Mean acceptance probability, in which a failed trajectory counts as four rejections.
-
-    On a target whose energy hardly changes (the uniform one on a sphere) the step size would
-    otherwise grow until failed projections alone bring the acceptance down to its target.
-    Never below zero: one step that is too long must not shrink the next by orders of magnitude.
-    Chains that do not move are left out while others do: the others should not pay for them.
-    """
-    is_stuck = rejections >= _STUCK_AFTER
-    counts = ~is_stuck if bool((~is_stuck).any()) else is_stuck
-    failed = (info.status != Status.CONVERGED).to(info.accept_prob)
-    return max(0.0, float((info.accept_prob - 3 * failed)[counts].mean()))
-
-
-def _check_positive(**values: float | None) -> None:
+def check_positive(**values: float | None) -> None:
+    """Refuse arguments that are given and not positive."""
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}.")

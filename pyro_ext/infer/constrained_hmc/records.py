@@ -18,14 +18,15 @@ _FAILURE_SHARE = 0.1
 class RunRecord:
     """Collects the statistics of every draw after warm-up."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: str) -> None:
+        self._kernel = kernel
         self._infos: list[TransitionInfo] = []
-        self._step_sizes: list[float] = []
+        self._statistics: list[dict[str, float | Tensor]] = []
 
-    def append(self, info: TransitionInfo, step_size: float) -> None:
-        """Add one draw of every chain."""
+    def append(self, info: TransitionInfo, statistics: dict[str, float | Tensor]) -> None:
+        """Add one draw of every chain; more statistics are numbers or of shape ``(chains,)``."""
         self._infos.append(info)
-        self._step_sizes.append(step_size)
+        self._statistics.append(statistics)
 
     def __len__(self) -> int:
         return len(self._infos)
@@ -38,8 +39,11 @@ class RunRecord:
             name: torch.stack([getattr(info, name) for info in self._infos], dim=1).cpu()
             for name in TransitionInfo._fields
         }
-        step_size = torch.tensor(self._step_sizes, dtype=stats["energy"].dtype)
-        stats["step_size"] = step_size.expand_as(stats["energy"]).clone()
+        like = stats["energy"]
+        for name in self._statistics[0]:
+            values = [torch.as_tensor(s[name]).cpu() for s in self._statistics]
+            stacked = torch.stack([value.expand(len(like)) for value in values], dim=1)
+            stats[name] = stacked.to(like.dtype) if stacked.is_floating_point() else stacked
         return stats
 
     def per_chain(self) -> list[dict[str, Any]]:
@@ -61,13 +65,13 @@ class RunRecord:
         """One line about the run."""
         stats = self.stacked()
         if not stats:
-            return "ConstrainedHMC: no draws."
+            return f"{self._kernel}: no draws."
         chains, draws = stats["status"].shape
         steps = int(stats["num_steps"].sum())
         per_step = float(stats["projection_iterations"].sum()) / max(steps, 1)
         shares = [_percent(stats["status"] == status) for status in Status if status != 0]
         return (
-            f"ConstrainedHMC: {chains} chain{'s' * (chains != 1)} x {draws} draws, "
+            f"{self._kernel}: {chains} chain{'s' * (chains != 1)} x {draws} draws, "
             f"acceptance {float(stats['accept_prob'].mean()):.2f}, "
             f"step size {float(stats['step_size'].max()):.3g}, "
             f"{steps / (chains * draws):.1f} steps per draw, "

@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chainwise import join_chains, select_chains, split_chains
+from .chainwise import select_chains
 from .integrator import IntegratorSettings, PhaseState, leapfrog_step
 from .status import Status
-from .structure import LinAlgError
 from .system import Point, System, project_momentum, total_energy
 
-__all__ = ["TransitionInfo", "hmc_transition"]
+__all__ = ["TransitionInfo", "draw_momentum", "hmc_transition", "mark_divergent"]
 
 _DIVERGENCE_THRESHOLD = 1e3
 
@@ -38,7 +37,7 @@ def hmc_transition(
     residual: Tensor,
     step_size: float,
     num_steps: int,
-) -> tuple[Point, TransitionInfo]:
+) -> tuple[Point, TransitionInfo, PhaseState]:
     r"""
     One transition that leaves the target on the manifold invariant.
 
@@ -52,51 +51,29 @@ def hmc_transition(
     :param Tensor residual: their largest residuals, ``(chains,)``.
     :param float step_size: time step.
     :param int num_steps: integrator steps, the same for all chains.
-    :returns: the new positions and what happened.
+    :returns: the new positions, what happened, and the ends of the trajectories, accepted or not
+        (where a step failed, the end is the last point before it).
     """
-    noise, uniform = torch.randn_like(point.position), torch.rand_like(residual)
-    arguments = (system, scale, settings, step_size, num_steps)
-    try:
-        return _transition(*arguments, point, residual, noise, uniform)
-    except LinAlgError:  # an operation of the model refused the input of a chain
-        chains = split_chains((point, residual, noise, uniform))
-        return join_chains([_single_transition(*arguments, *chain) for chain in chains])
-
-
-def _transition(
-    system: System,
-    scale: Tensor,
-    settings: IntegratorSettings,
-    step_size: float,
-    num_steps: int,
-    point: Point,
-    residual: Tensor,
-    noise: Tensor,
-    uniform: Tensor,
-) -> tuple[Point, TransitionInfo]:
-    momentum = project_momentum(point.jacobian, noise)
-    start = PhaseState(point, momentum)
-    start_energy = total_energy(point, momentum)
+    start = draw_momentum(point)
+    start_energy = total_energy(*start)
+    uniform = torch.rand_like(residual)
     status = torch.zeros(len(residual), dtype=torch.long, device=residual.device)
     iterations, end_residual = torch.zeros_like(status), residual
-    state, steps = start, torch.zeros_like(status)
+    end, steps = start, torch.zeros_like(status)
     for _ in range(num_steps):
         steps += status == Status.CONVERGED
-        state, info = leapfrog_step(system, scale, settings, state, step_size, status)
+        end, info = leapfrog_step(system, scale, settings, end, step_size, status)
         status, iterations = info.status, iterations + info.iterations
         end_residual = info.residual
         if not (status == Status.CONVERGED).any():
             break
-    change = total_energy(*state) - start_energy
-    is_divergent = ~(change.abs() <= _DIVERGENCE_THRESHOLD)
-    status = torch.where(
-        is_divergent & (status == Status.CONVERGED), int(Status.DIVERGENT), status
-    )
+    change = total_energy(*end) - start_energy
+    status = mark_divergent(status, change)
     accept_prob = (-change).exp().clamp(max=1.0)
     accept_prob = torch.where(status == Status.CONVERGED, accept_prob, 0.0)
     is_accepted = uniform < accept_prob
-    state = select_chains(is_accepted, state, start)
-    return state.point, TransitionInfo(
+    state = select_chains(is_accepted, end, start)
+    info_of_draw = TransitionInfo(
         accept_prob=accept_prob,
         is_accepted=is_accepted,
         status=status,
@@ -105,31 +82,17 @@ def _transition(
         constraint_residual=torch.where(is_accepted, end_residual, residual),
         energy=total_energy(*state),
     )
+    return state.point, info_of_draw, end
 
 
-def _single_transition(
-    system: System,
-    scale: Tensor,
-    settings: IntegratorSettings,
-    step_size: float,
-    num_steps: int,
-    point: Point,
-    residual: Tensor,
-    noise: Tensor,
-    uniform: Tensor,
-) -> tuple[Point, TransitionInfo]:
-    """One chain on its own: where the model raises, the proposal is rejected."""
-    arguments = (system, scale, settings, step_size, num_steps)
-    try:
-        return _transition(*arguments, point, residual, noise, uniform)
-    except LinAlgError:
-        zero = torch.zeros(1, dtype=torch.long, device=residual.device)
-        return point, TransitionInfo(
-            accept_prob=torch.zeros_like(residual),
-            is_accepted=zero.bool(),
-            status=zero + int(Status.DIVERGENT),
-            num_steps=zero,
-            projection_iterations=zero,
-            constraint_residual=residual,
-            energy=total_energy(point, project_momentum(point.jacobian, noise)),
-        )
+def draw_momentum(point: Point) -> PhaseState:
+    """Standard normal momenta in the cotangent spaces (algorithm 1, lines 2-3)."""
+    return PhaseState(point, project_momentum(point.jacobian, torch.randn_like(point.position)))
+
+
+def mark_divergent(status: Tensor, energy_change: Tensor) -> Tensor:
+    """Give chains without a failure so far whose energy is far off the status ``DIVERGENT``."""
+    # comparisons with NaN are false
+    is_divergent = ~(energy_change.abs() <= _DIVERGENCE_THRESHOLD)
+    is_divergent &= status == Status.CONVERGED
+    return torch.where(is_divergent, int(Status.DIVERGENT), status)

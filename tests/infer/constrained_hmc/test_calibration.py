@@ -73,7 +73,7 @@ def test_ranks_of_prior_draws_are_uniform() -> None:
     for length in (num_before, NUM_RANKS - 1 - num_before):
         point, residual = replications.point(truth, scale), torch.zeros(NUM_REPLICATIONS)
         for i in range(NUM_RANKS - 1):
-            point, info = hmc_transition(
+            point, info, _ = hmc_transition(
                 replications, scale, settings, point, residual, STEP_SIZE, NUM_STEPS
             )
             residual = info.constraint_residual

@@ -284,7 +284,10 @@ def test_an_interrupt_before_the_first_draw_is_an_interrupt() -> None:
 
 
 def trajectories(kernel: ConstrainedHMC, step_size: float, number: int = 300) -> list[Any]:
-    return [kernel._trajectory(step_size) for _ in range(number)]
+    """Step size and number of steps of some trajectories."""
+    kernel.setup(0)
+    chains = kernel._chains._replace(step_size=step_size)
+    return [kernel._trajectory(chains._replace(iteration=i)) for i in range(number)]
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.3, 0.9])

@@ -13,7 +13,7 @@ from pyro_ext.infer.constrained_hmc.transitions import TransitionInfo
 def record(status: torch.Tensor, accepted: torch.Tensor | None = None) -> RunRecord:
     """A run with given ``(chains, draws)`` statuses."""
     accepted = status == Status.CONVERGED if accepted is None else accepted
-    run = RunRecord()
+    run = RunRecord("ConstrainedHMC")
     for i in range(status.shape[1]):
         number = torch.full_like(status[:, i], i)
         run.append(
@@ -26,7 +26,7 @@ def record(status: torch.Tensor, accepted: torch.Tensor | None = None) -> RunRec
                 constraint_residual=1e-12 * (number + 1.0),
                 energy=number + torch.arange(len(status)) * 100.0,
             ),
-            step_size=0.1 * (i + 1),
+            {"step_size": 0.1 * (i + 1), "tree_depth": number + torch.arange(len(status))},
         )
     return run
 
@@ -39,6 +39,7 @@ def test_statistics_are_stacked_by_chain() -> None:
     assert torch.equal(stats["status"], status)
     torch.testing.assert_close(stats["energy"][1], torch.tensor([100.0, 101.0, 102.0, 103.0]))
     torch.testing.assert_close(stats["step_size"], torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2))
+    assert stats["tree_depth"].tolist() == [[0, 1, 2, 3], [1, 2, 3, 4]]
     first, second = run.per_chain()
     assert first["failed projections"] == [1]
     assert first["divergences"] == [3]
@@ -53,19 +54,19 @@ def test_statistics_are_stacked_by_chain() -> None:
 
 
 def test_an_empty_run() -> None:
-    run = RunRecord()
+    run = RunRecord("ConstrainedNUTS")
     assert len(run) == 0
     assert run.stacked() == {}
     assert run.per_chain() == []
     assert run.complaints() == []
-    assert "no draws" in run.summary()
+    assert run.summary() == "ConstrainedNUTS: no draws."
 
 
 def test_the_summary_is_one_line_with_the_numbers() -> None:
     summary = record(torch.tensor([[0, 1, 0, 3], [2, 0, 0, 3]])).summary()
     assert "\n" not in summary
     for text in [
-        "2 chains x 4 draws", "acceptance 0.50", "2.5 steps per draw",
+        "ConstrainedHMC: 2 chains x 4 draws", "acceptance 0.50", "2.5 steps per draw",
         "10.0 constraint evaluations per step", "largest residual 4.0e-12",
         "12.5% not converged", "12.5% non-reversible", "25.0% divergent",
     ]:  # fmt: skip

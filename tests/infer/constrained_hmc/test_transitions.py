@@ -38,7 +38,7 @@ def transition(
     before = batched.point(position, one)
     residual = batched.constraint(position, one).abs().amax(-1)
     chosen: IntegratorSettings = settings(problem, **how)
-    after, info = hmc_transition(batched, one, chosen, before, residual, step_size, num_steps)
+    after, info, _ = hmc_transition(batched, one, chosen, before, residual, step_size, num_steps)
     return before, after, info
 
 
@@ -142,7 +142,7 @@ def test_all_failed_stops_the_trajectory() -> None:
     before = counting.point(points_on(problem, 4), one)
     calls.clear()
     chosen = settings(problem, tols=tolerances(1, max_iters=0))
-    _, info = hmc_transition(counting, one, chosen, before, torch.zeros(4), 0.5, 50)
+    _, info, _ = hmc_transition(counting, one, chosen, before, torch.zeros(4), 0.5, 50)
     assert (info.status == Status.NOT_CONVERGED).all()
     assert (info.num_steps == 1).all()
     assert len(calls) == 1
