@@ -12,6 +12,9 @@ from .integrator import IntegratorSettings
 from .kernel import ConstrainedKernel, Draw, check_positive
 from .records import RunRecord
 from .trajectory_length import (
+    LengthAdaptation,
+    Trajectories,
+    freeze_length,
     jitter_factor,
     length_adaptation_init,
     length_adaptation_update,
@@ -172,26 +175,32 @@ class ConstrainedHMC(ConstrainedKernel):
             step_size, num_steps,
         )  # fmt: skip
         if is_adapting and chains.length is not None:
-            length = length_adaptation_update(
-                chains.length,
-                chains.point.position,
-                end.point.position,
-                end.momentum,
-                chains.scale,
-                info.accept_prob,
-                step_size * num_steps,
-                smallest=chains.step_size,
-                largest=chains.step_size * self.max_num_steps,
+            trajectories = Trajectories(
+                start=chains.point.position,
+                end=end.point.position,
+                momentum=end.momentum,
+                accept_prob=info.accept_prob,
+                length=step_size * num_steps,
             )
-            if chains.iteration == self._warmup_steps - 1:
-                length = length._replace(log_length=length.log_length_average)
-            chains = chains._replace(length=length)
+            chains = chains._replace(
+                length=self._adapt_length(chains, chains.length, trajectories)
+            )
         return Draw(
             chains=chains._replace(point=point),
             info=info,
             accept_statistic=adaptation_statistic(info, chains.rejections),
             statistics={"step_size": step_size, "trajectory_length": step_size * num_steps},
         )
+
+    def _adapt_length(
+        self, chains: Chains, length: LengthAdaptation, trajectories: Trajectories
+    ) -> LengthAdaptation:
+        step = chains.step_size
+        length = length_adaptation_update(
+            length, trajectories, chains.scale, step, step * self.max_num_steps
+        )
+        is_last = chains.iteration == self._warmup_steps - 1
+        return freeze_length(length) if is_last else length
 
     def _trajectory(self, chains: Chains) -> tuple[float, int]:
         """Step size and number of steps of the next trajectory, with jitter."""

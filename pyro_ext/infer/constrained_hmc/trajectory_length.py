@@ -1,9 +1,22 @@
 r"""Adaptation of the trajectory length, pooled over chains, and its jitter.
 
-ChEES, the *change in the estimator of the expected square*, grows with how much a trajectory
-decorrelates squared distances from the mean (Hoffman, Radul and Sountsov 2021, eq. 7):
+A trajectory is long enough when squares decorrelate along it, which for a mean :math:`\mu` the
+*change in the estimator of the expected square* measures (Hoffman, Radul and Sountsov 2021, *An
+adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian Monte Carlo*, eq. 7):
 
-.. math:: \tfrac14\, E\bigl[(|x' - \mu|^2 - |x - \mu|^2)^2\bigr]
+.. math:: \tfrac14\, E\bigl[(|x' - \mu|^2 - |x - \mu|^2)^2\bigr].
+
+Where inputs are independent the mixed terms of this square of a sum have mean zero, and here they
+are left out:
+
+.. math:: \tfrac14 \sum_j E\bigl[((x'_j - \mu_j)^2 - (x_j - \mu_j)^2)^2\bigr].
+
+Constraints are often about lengths: on a sphere :math:`|x - \mu|` never changes, and the first
+form has nothing to say. The second does, and its gradient is much less noisy when there are many
+inputs.
+
+The velocity at the end of a trajectory is its momentum, which is tangent to the manifold, so that
+with the chain rule the derivative with respect to the time costs nothing.
 """
 
 from __future__ import annotations
@@ -11,21 +24,26 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = [
     "LengthAdaptation",
+    "Trajectories",
+    "criterion_slope",
+    "freeze_length",
     "jitter_factor",
-    "length_adaptation_final",
     "length_adaptation_init",
     "length_adaptation_update",
     "plan_trajectory",
 ]
 
-MODE = "coord"
-RATE = False
-LR = 0.25
-POW = 0.5
+# Steps in the log length are about 0.25 / sqrt(n), so that warm-ups of a few dozen draws, which
+# suffice for many chains, can change it by a factor of ten; the paper's constant 0.025 could not.
+_RATE = 0.25
+_FORGETTING = 0.05  # of squared gradients, per draw (as in the paper)
+_AVERAGING_POWER = 0.75  # as in dual averaging of the step size
+_RECENT = 8  # the mean forgets a draw once there are this many times more
 
 
 class LengthAdaptation(NamedTuple):
@@ -33,76 +51,120 @@ class LengthAdaptation(NamedTuple):
 
     log_length: float
     log_length_average: float
-    mean: Tensor  # (dim,) of the inputs, over chains and recent draws
-    mean_square: float  # of recent gradients
-    criterion: float
+    mean: Tensor  # (dim,) of the inputs, over chains and draws
+    squared_slope: float  # of recent draws
     num_updates: int
 
 
+class Trajectories(NamedTuple):
+    """One trajectory of every chain, in scaled coordinates."""
+
+    start: Tensor  # (chains, dim)
+    end: Tensor  # (chains, dim)
+    momentum: Tensor  # (chains, dim) at the end
+    accept_prob: Tensor  # (chains,)
+    length: float
+
+
 def length_adaptation_init(length: float, inputs: Tensor) -> LengthAdaptation:
-    return LengthAdaptation(math.log(length), math.log(length), inputs.mean(0), 0.0, 0.0, 0)
+    """
+    Start at a length.
+
+    :param float length: where to start.
+    :param Tensor inputs: of all chains, ``(chains, dim)``.
+    """
+    return LengthAdaptation(math.log(length), math.log(length), inputs.mean(0), 0.0, 0)
 
 
 def length_adaptation_update(
     state: LengthAdaptation,
-    start: Tensor,
-    end: Tensor,
-    momentum: Tensor,
+    trajectories: Trajectories,
     scale: Tensor,
-    accept_prob: Tensor,
-    length: float,
-    smallest: float,
-    largest: float,
+    shortest: float,
+    longest: float,
 ) -> LengthAdaptation:
+    r"""
+    Climb the criterion by one step of Adam without momentum (Kingma and Ba 2015), as in the paper.
+
+    The mean is one over chains and draws, older draws fading away, so that few chains are enough;
+    with one, the gradient is only noisier.
+
+    :param state: current state.
+    :param trajectories: those of the latest draw.
+    :param Tensor scale: scale of each input, ``(dim,)``.
+    :param float shortest: bound on the length.
+    :param float longest: bound on the length.
+    """
     count = state.num_updates + 1
-    weight_sum = accept_prob.sum()
-    forget = 1 / (1 + count / 8)
-    mean = state.mean + forget * ((start * scale).mean(0) - state.mean)
-    centred_start, centred_end = start - mean / scale, end - mean / scale
-    if MODE == "coord":
-        change = centred_end.square() - centred_start.square()
-        crit = change.square().sum(-1) / 4
-        slopes = (change * centred_end * momentum).sum(-1)
-    else:
-        change = centred_end.square().sum(-1) - centred_start.square().sum(-1)
-        crit = change.square() / 4
-        slopes = change * (centred_end * momentum).sum(-1)
-    if weight_sum <= 0:
-        return state._replace(mean=mean, num_updates=count)
-    gradient = float((accept_prob * slopes).sum() / weight_sum) * length
-    criterion = float((accept_prob * crit).sum() / weight_sum)
-    decay = 0.9
-    crit_avg = decay * state.criterion + (1 - decay) * criterion
-    if RATE:
-        gradient = gradient - crit_avg / (1 - decay**count)
-    mean_square = 0.95 * state.mean_square + 0.05 * gradient**2
-    corrected = mean_square / (1 - 0.95**count)
-    step = LR * count**-POW
-    move = step * gradient / (math.sqrt(corrected) + 1e-12)
-    log_length = min(max(state.log_length + move, math.log(smallest)), math.log(largest))
-    w = min(1.0, count**-0.75)
-    average = w * log_length + (1 - w) * state.log_length_average
-    return LengthAdaptation(log_length, average, mean, mean_square, crit_avg, count)
+    shift = (trajectories.start * scale).mean(0) - state.mean
+    state = state._replace(mean=state.mean + shift * _RECENT / (_RECENT + count))
+    slope = criterion_slope(trajectories, state.mean / scale)
+    if slope is None:
+        return state
+    squared = (1 - _FORGETTING) * state.squared_slope + _FORGETTING * slope**2
+    typical = math.sqrt(squared / (1 - (1 - _FORGETTING) ** count))
+    move = _RATE / math.sqrt(count) * slope / typical if typical > 0 else 0.0
+    log_length = min(max(state.log_length + move, math.log(shortest)), math.log(longest))
+    weight = count**-_AVERAGING_POWER
+    average = weight * log_length + (1 - weight) * state.log_length_average
+    return LengthAdaptation(log_length, average, state.mean, squared, count)
 
 
-def length_adaptation_final(state: LengthAdaptation) -> float:
-    return math.exp(state.log_length_average)
+def freeze_length(state: LengthAdaptation) -> LengthAdaptation:
+    """Use the averaged length from now on."""
+    return state._replace(log_length=state.log_length_average)
+
+
+def criterion_slope(trajectories: Trajectories, mean: Tensor) -> float | None:
+    r"""
+    Derivative of the criterion with respect to the log length.
+
+    .. math:: t \sum_j E\bigl[((x'_j - \mu_j)^2 - (x_j - \mu_j)^2)\,(x'_j - \mu_j)\,p'_j\bigr]
+
+    :param trajectories: one per chain; the mean over them is weighted by ``accept_prob``, with
+        which failed ones drop out.
+    :param Tensor mean: in scaled coordinates, ``(dim,)``.
+    :returns: ``None`` if no trajectory can be accepted.
+    """
+    weights = trajectories.accept_prob
+    if not bool((weights > 0).any()):
+        return None
+    start, end = trajectories.start - mean, trajectories.end - mean
+    slopes = ((end.square() - start.square()) * end * trajectories.momentum).sum(-1)
+    # what diverged need not be finite
+    weighted = torch.where(weights > 0, weights * slopes, 0.0)
+    return float(weighted.sum() / weights.sum()) * trajectories.length
 
 
 def jitter_factor(jitter: float, number: int) -> float:
+    """
+    Factor on the length of a trajectory, from a sequence that fills an interval evenly.
+
+    :param float jitter: half the width of the interval around one.
+    :param int number: of the draw, from zero.
+    """
     return 1 + jitter * (2 * _halton(number + 1) - 1)
 
 
+def plan_trajectory(length: float, step_size: float, max_num_steps: int) -> tuple[float, int]:
+    """
+    Fewest equal steps, none longer than the step size, that cover a length.
+
+    :param float length: time to cover; less is covered where it takes too many steps.
+    :param float step_size: longest step.
+    :param int max_num_steps: most steps.
+    :returns: size and number of the steps.
+    """
+    # one step less where the last would be shorter than rounding
+    num_steps = min(max(1, math.ceil(length / step_size - 1e-9)), max_num_steps)
+    return min(length / num_steps, step_size), num_steps
+
+
 def _halton(number: int) -> float:
+    """Van der Corput's sequence, Halton's in base two: binary digits mirrored at the point."""
     value, digit = 0.0, 0.5
     while number:
         value += digit * (number & 1)
         number >>= 1
         digit /= 2
     return value
-
-
-def plan_trajectory(length: float, step_size: float, max_num_steps: int) -> tuple[float, int]:
-    # one step less where the last would be shorter than rounding
-    num_steps = min(max(1, math.ceil(length / step_size - 1e-9)), max_num_steps)
-    return min(length / num_steps, step_size), num_steps

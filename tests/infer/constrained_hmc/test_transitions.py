@@ -88,7 +88,7 @@ def test_failed_projections_reject() -> None:
 
 
 def test_irreversible_steps_reject() -> None:
-    problem = _steep()
+    problem = steep()
     before, after, info = transition(
         problem,
         points_on(problem, 80),
@@ -165,7 +165,7 @@ def test_acceptance_probability_is_that_of_metropolis() -> None:
 # -- invariance: exact draws stay exact draws ----------------------------------------------------
 
 
-def _steep() -> Problem:
+def steep() -> Problem:
     return Problem(lambda u: u[1:] - 2 * (4 * u[:1]).sin(), lambda u: 0.5 * u.square().sum(), 2, 1)
 
 
@@ -196,11 +196,11 @@ CURVES: dict[str, tuple[Problem, Callable[..., Any], Callable[..., Any], float]]
         lambda q: np.arctan2(q[:, 1], q[:, 0] / 2),
         math.pi,
     ),
-    "many sheets": (_steep(), _curve_steep, lambda q: q[:, 0], 6.0),
+    "many sheets": (steep(), _curve_steep, lambda q: q[:, 0], 6.0),
 }  # fmt: skip
 
 
-def _distribution(
+def distribution(
     problem: Problem, curve: Callable[[np.ndarray], np.ndarray], limit: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distribution function of the curve's parameter, by quadrature of eq. 4 of the paper."""
@@ -219,7 +219,7 @@ def _distribution(
 def test_exact_draws_stay_exact_draws(name: str, inner: int) -> None:
     """Of many independent chains; steps are so long that many are rejected, and some fail."""
     problem, curve, parameter, limit = CURVES[name]
-    edges, heights = _distribution(problem, curve, limit)
+    edges, heights = distribution(problem, curve, limit)
     number = 2000
     # stratified, to take the noise out of the start
     levels = (np.arange(number) + 0.5) / number
