@@ -1,0 +1,215 @@
+"""Run operations that are alike, and do not need each other, as one."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from .elements import Elements, Fetch
+from .moves import index_leaves, moves
+from .program import Operation, Program, Reference
+from .schedule import schedule
+
+__all__ = ["batched"]
+
+_FEWEST = 4  # members of a group: fewer save less than joining and picking costs
+_LARGEST = 1024  # elements of a member: with more, calling the operation is not what takes long
+
+
+def batched(program: Program, fewest: int = _FEWEST) -> Callable[[Tensor], list[Tensor]]:
+    """
+    Group the operations of a program that are the same on other tensors of the same shapes.
+
+    :param Program program: the operations.
+    :param int fewest: how many operations make a group.
+    :returns: a function of the input that returns the outputs, running each group under
+        :func:`torch.func.vmap`.
+    """
+    return _Plan(program, fewest).run
+
+
+class _Step(NamedTuple):
+    """One operation, or several as one."""
+
+    operation: Operation
+    leaves: list[Any]  # a Fetch for a tensor
+    in_dims: list[int | None]  # empty for one operation
+    buffers: list[int | None]  # where the results go
+    results: list[Tensor | None]  # of one member, at the example
+
+
+class _Plan:
+    """What to run, in which order, and which elements it takes."""
+
+    def __init__(self, program: Program, fewest: int) -> None:
+        self._values = program.values
+        self._space = Elements()
+        self._buffers: list[Tensor | None] = []  # those that are known beforehand
+        self._elements: dict[int, Tensor] = {}  # of every tensor, by its number
+        self._steps: list[_Step] = []
+        self._elements[0] = self._new_buffer(None, program.values[0].shape)
+        for number, value in program.constants().items():
+            self._elements[number] = self._new_buffer(value, value.shape)
+        free = moves(program)
+        is_free = {id(program.operations[i]) for i in free}
+        for operations in schedule(program, free):
+            if id(operations[0]) in is_free:
+                self._move(operations[0])
+            elif len(operations) < fewest or not self._add_group(operations):
+                for operation in operations:
+                    self._add(operation)
+        self._outputs = [self._fetch(number) for number in program.outputs]
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        """Run the steps."""
+        buffers: list[Any] = [x, *self._buffers[1:]]
+        for step in self._steps:
+            leaves = [x.build(buffers) if isinstance(x, Fetch) else x for x in step.leaves]
+            results = _run_group(step, leaves) if step.in_dims else step.operation.call(leaves)
+            results = [results] if step.operation.returns_one else results
+            for buffer, result in zip(step.buffers, results, strict=True):
+                if buffer is not None:
+                    buffers[buffer] = result
+        return [output.build(buffers) for output in self._outputs]
+
+    def _new_buffer(self, value: Tensor | None, shape: Sequence[int]) -> Tensor:
+        self._buffers.append(value)
+        return self._space.add(shape)
+
+    def _fetch(self, number: int) -> Fetch:
+        value = self._values[number]
+        if value.numel() == 0:
+            return Fetch(0, tuple(value.shape), lambda buffers: value)
+        return self._space.fetch(self._elements[number])
+
+    def _move(self, operation: Operation) -> None:
+        """Move elements instead of computing."""
+        places = index_leaves(operation)
+        leaves: list[Any] = list(operation.leaves)
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, Reference):
+                is_place = position in places
+                leaves[position] = (
+                    self._values[leaf.number].cpu() if is_place else self._elements[leaf.number]
+                )
+        results = operation.call(leaves)
+        results = [results] if operation.returns_one else results
+        for number, elements in zip(operation.results, results, strict=True):
+            if number is not None:
+                self._elements[number] = elements
+
+    def _add(self, operation: Operation) -> None:
+        """Plan an operation on its own."""
+        leaves = [
+            self._fetch(leaf.number) if isinstance(leaf, Reference) else leaf
+            for leaf in operation.leaves
+        ]
+        results = self._results(operation)
+        buffers = self._define([operation], [None if r is None else r.shape for r in results])
+        self._steps.append(_Step(operation, leaves, [], buffers, results))
+
+    def _add_group(self, operations: list[Operation]) -> bool:
+        """Plan operations as one, unless that costs more."""
+        results = self._results(operations[0])
+        sizes = [result.numel() for result in results if result is not None]
+        leaves: list[Any] = []
+        in_dims: list[int | None] = []
+        for column in zip(*(operation.leaves for operation in operations), strict=True):
+            leaf, in_dim = self._joint_leaf(operations[0], column)
+            leaves.append(leaf)
+            in_dims.append(in_dim)
+            if in_dim == 0:
+                sizes.append(math.prod(leaf.shape[1:]))
+        if min(sizes) == 0 or max(sizes) > _LARGEST:
+            return False
+        numbers = {number for operation in operations for number in operation.inputs()}
+        alone = len(operations) + sum(self._fetch(number).cost for number in numbers)
+        together = 1 + sum(leaf.cost for leaf in leaves if isinstance(leaf, Fetch))
+        if together >= alone:
+            return False
+        shapes = [None if r is None else (len(operations), *r.shape) for r in results]
+        buffers = self._define(operations, shapes)
+        self._steps.append(_Step(operations[0], leaves, in_dims, buffers, results))
+        return True
+
+    def _results(self, operation: Operation) -> list[Tensor | None]:
+        return [None if number is None else self._values[number] for number in operation.results]
+
+    def _joint_leaf(self, operation: Operation, column: tuple[Any, ...]) -> tuple[Any, int | None]:
+        """One argument of all members of a group, with its batch dimension."""
+        numbers = [leaf.number for leaf in column if isinstance(leaf, Reference)]
+        if not numbers and len({*map(repr, column)}) == 1:
+            return column[0], None
+        if len(numbers) == len(column) and self._is_same(numbers):
+            return self._fetch(numbers[0]), None
+        other = self._values[operation.inputs()[0]]
+        rows = [
+            self._elements[leaf.number]
+            if isinstance(leaf, Reference)
+            else self._new_buffer(_as_tensor(leaf, other), ())
+            for leaf in column
+        ]
+        if rows[0].numel() == 0:
+            value = self._values[numbers[0]]
+            return value, None
+        return self._space.fetch(torch.stack(rows)), 0
+
+    def _is_same(self, numbers: list[int]) -> bool:
+        first = self._elements[numbers[0]]
+        return all(torch.equal(self._elements[number], first) for number in numbers)
+
+    def _define(
+        self, operations: list[Operation], shapes: list[tuple[int, ...] | None]
+    ) -> list[int | None]:
+        """Number the elements of results; those of a group have a leading dimension."""
+        buffers: list[int | None] = []
+        for i, shape in enumerate(shapes):
+            if shape is None:
+                buffers.append(None)
+                continue
+            buffers.append(len(self._buffers))
+            elements = self._new_buffer(None, shape)
+            rows = elements.unbind(0) if len(operations) > 1 else [elements]
+            for operation, row in zip(operations, rows, strict=True):
+                number = operation.results[i]
+                if number is not None:
+                    self._elements[number] = row
+        return buffers
+
+
+def _as_tensor(number: float, other: Tensor) -> Tensor:
+    """A Python number as the tensor that it stands for beside another one."""
+    return torch.tensor(number, dtype=torch.result_type(other, number), device=other.device)
+
+
+def _run_group(step: _Step, leaves: list[Any]) -> Any:
+    """Run the operation of a group; one member after the other where ``vmap`` cannot."""
+    operation = step.operation
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what has no rule of its own warns and is slow
+            together = vmap(lambda *x: operation.call(x), tuple(step.in_dims))(*leaves)
+        results = [together] if operation.returns_one else together
+        if all(
+            result is None or (batch.dtype, batch.shape[1:]) == (result.dtype, result.shape)
+            for batch, result in zip(results, step.results, strict=True)
+        ):
+            return together
+    except (RuntimeError, UserWarning, ValueError, TypeError, IndexError):
+        pass
+    size = next(len(x) for x, dim in zip(leaves, step.in_dims, strict=True) if dim == 0)
+    members = [
+        operation.call(
+            [x if dim is None else x[i] for x, dim in zip(leaves, step.in_dims, strict=True)]
+        )
+        for i in range(size)
+    ]
+    if operation.returns_one:
+        return torch.stack(members)
+    return [None if part[0] is None else torch.stack(part) for part in zip(*members, strict=True)]
