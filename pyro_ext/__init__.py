@@ -9,6 +9,7 @@ from .distributions import NeuralSplineFlow as NeuralSplineFlow
 from .infer import MCMC as MCMC
 from .infer import AutoSplineFlow as AutoSplineFlow
 from .infer import ConstrainedHMC as ConstrainedHMC
+from .infer import ConstrainedNUTS as ConstrainedNUTS
 from .poutine import lift_observations as lift_observations
 from .training import fit_density as fit_density
 
@@ -18,6 +19,7 @@ __all__ = [
     "MCMC",
     "AutoSplineFlow",
     "ConstrainedHMC",
+    "ConstrainedNUTS",
     "NeuralSplineFlow",
     "__version__",
     "deterministic_values",

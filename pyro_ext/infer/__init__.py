@@ -2,6 +2,7 @@
 
 from .auto_spline_flow import AutoSplineFlow as AutoSplineFlow
 from .constrained_hmc import ConstrainedHMC as ConstrainedHMC
+from .constrained_hmc import ConstrainedNUTS as ConstrainedNUTS
 from .mcmc import MCMC as MCMC
 
-__all__ = ["MCMC", "AutoSplineFlow", "ConstrainedHMC"]
+__all__ = ["MCMC", "AutoSplineFlow", "ConstrainedHMC", "ConstrainedNUTS"]

@@ -26,6 +26,7 @@ from .warmup import Chains, adaptation_statistic
 __all__ = ["ConstrainedHMC"]
 
 _QUARTER_TURN = math.pi / 2
+_FIRST_STEPS = 2  # in the trajectories that adaptation starts with
 
 
 class ConstrainedHMC(ConstrainedKernel):
@@ -104,6 +105,8 @@ class ConstrainedHMC(ConstrainedKernel):
         True
     """
 
+    _points_at_once = 3
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -140,34 +143,43 @@ class ConstrainedHMC(ConstrainedKernel):
             jacobian_mode=jacobian_mode,
             compile=compile,
         )
-        self._adapts_length = trajectory_length == "adapt" and num_steps is None
-        if isinstance(trajectory_length, str):
-            if trajectory_length != "adapt":
-                raise ValueError(
-                    f"trajectory_length must be a number, 'adapt' or None, got "
-                    f"{trajectory_length!r}."
-                )
-            trajectory_length = None
-        check_positive(
-            trajectory_length=trajectory_length, num_steps=num_steps, max_num_steps=max_num_steps
-        )
+        if isinstance(trajectory_length, str) and trajectory_length != "adapt":
+            raise ValueError(
+                f"trajectory_length must be a number or 'adapt', got {trajectory_length!r}."
+            )
+        length = _QUARTER_TURN if isinstance(trajectory_length, str) else trajectory_length
+        check_positive(trajectory_length=length, num_steps=num_steps, max_num_steps=max_num_steps)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {jitter}.")
         self.num_steps = num_steps
-        self.trajectory_length = _QUARTER_TURN if trajectory_length is None else trajectory_length
+        self.trajectory_length = trajectory_length
         self.jitter = jitter
         self.max_num_steps = max_num_steps
 
-    @classmethod
-    def _new_record(cls) -> RunRecord:
+    def _new_record(self) -> RunRecord:
         return RunRecord("ConstrainedHMC")
+
+    def _complaints(self) -> list[str]:
+        chains = getattr(self, "_chains", None)
+        if chains is None or chains.length is None:
+            return []
+        length, longest = math.exp(chains.length.log_length), self._longest(chains)
+        if length < 0.99 * longest:
+            return []
+        return [
+            f"Trajectories as long as {longest:.3g}, which take max_num_steps="
+            f"{self.max_num_steps} steps, would still gain from more. Raise max_num_steps, or "
+            "bring the inputs to one scale by adapt_mass_matrix=True or in the model."
+        ]
 
     def _draw(
         self, chains: Chains, settings: IntegratorSettings, rescue: float, *, is_adapting: bool
     ) -> Draw:
-        if self._adapts_length and chains.length is None:
+        is_adapted = self.trajectory_length == "adapt" and self.num_steps is None
+        if is_adapted and chains.length is None:
             inputs = chains.point.position * chains.scale
-            chains = chains._replace(length=length_adaptation_init(self.trajectory_length, inputs))
+            start = min(_QUARTER_TURN, _FIRST_STEPS * chains.step_size)
+            chains = chains._replace(length=length_adaptation_init(start, inputs))
         step_size, num_steps = self._trajectory(chains)
         step_size *= rescue
         point, info, end = hmc_transition(
@@ -195,20 +207,23 @@ class ConstrainedHMC(ConstrainedKernel):
     def _adapt_length(
         self, chains: Chains, length: LengthAdaptation, trajectories: Trajectories
     ) -> LengthAdaptation:
-        step = chains.step_size
-        length = length_adaptation_update(
-            length, trajectories, chains.scale, step, step * self.max_num_steps
-        )
+        shortest, longest = chains.step_size, self._longest(chains)
+        length = length_adaptation_update(length, trajectories, chains.scale, shortest, longest)
         is_last = chains.iteration == self._warmup_steps - 1
         return freeze_length(length) if is_last else length
 
+    def _longest(self, chains: Chains) -> float:
+        """Length whose longest jittered trajectory still takes no more than the most steps."""
+        return chains.step_size * self.max_num_steps / (1 + self.jitter)
+
     def _trajectory(self, chains: Chains) -> tuple[float, int]:
         """Step size and number of steps of the next trajectory, with jitter."""
+        length, most = _QUARTER_TURN, self.max_num_steps
         if self.num_steps is not None:
             length, most = self.num_steps * chains.step_size, 2 * self.num_steps
         elif chains.length is not None:
-            length, most = math.exp(chains.length.log_length), self.max_num_steps
-        else:
-            length, most = self.trajectory_length, self.max_num_steps
+            length = math.exp(chains.length.log_length)
+        elif isinstance(self.trajectory_length, int | float):
+            length = self.trajectory_length
         factor = jitter_factor(self.jitter, chains.iteration)
         return plan_trajectory(length * factor, chains.step_size, most)

@@ -46,9 +46,12 @@ class ConstrainedKernel(VectorizedKernel):
     """
     An MCMC kernel on the manifold of inputs that reproduce the observed outputs.
 
-    Subclasses say what a trajectory is, in :meth:`_draw`. Arguments are those of
-    :class:`ConstrainedHMC`.
+    Subclasses say what a trajectory is, in :meth:`_draw`. The arguments mean what they do in
+    :class:`~pyro_ext.infer.ConstrainedHMC`.
     """
+
+    _points_at_once: int
+    """How many points per chain, with their Jacobians, a subclass holds in memory."""
 
     # state of a run, set by setup()
     _model: ConstrainedModel
@@ -124,10 +127,13 @@ class ConstrainedKernel(VectorizedKernel):
         :param bool is_adapting: whether to learn from the draw what is special to the subclass.
         """
 
-    @classmethod
     @abstractmethod
-    def _new_record(cls) -> RunRecord:
+    def _new_record(self) -> RunRecord:
         """An empty record of a run."""
+
+    @abstractmethod
+    def _complaints(self) -> list[str]:
+        """What deserves a warning after a run, special to the subclass."""
 
     # -- the protocol of pyro.infer.mcmc ------------------------------------------------------
 
@@ -212,7 +218,8 @@ class ConstrainedKernel(VectorizedKernel):
         One dictionary per chain: ``acceptance rate``, indices of ``divergences``, ``failed
         projections`` and ``non-reversible`` draws, and per draw ``accept_prob``,
         ``is_accepted``, ``num_steps``, ``projection_iterations``, ``constraint_residual``,
-        ``status`` (:class:`~pyro_ext.infer.constrained_hmc.Status`), ``energy``, ``step_size``.
+        ``status`` (:class:`~pyro_ext.infer.constrained_hmc.Status`), ``energy``, ``step_size``,
+        ``trajectory_length``, and ``tree_depth`` where trajectories double.
         """
         return self._record.per_chain()
 
@@ -225,7 +232,7 @@ class ConstrainedKernel(VectorizedKernel):
         self._preset = {}
         if not self._is_finished:
             self._is_finished = True
-            for message in self._record.complaints():
+            for message in self._record.complaints() + self._complaints():
                 warnings.warn(message, SamplingWarning, stacklevel=2)
 
     def required_bytes(self, num_samples: int) -> int:
@@ -234,7 +241,8 @@ class ConstrainedKernel(VectorizedKernel):
         num_chains = len(self._chains.residual)
         matrix = structure.dim * structure.num_constraints
         gram = structure.num_constraints**2
-        values = num_chains * (num_samples * structure.dim + 6 * matrix + 2 * gram)
+        points = 2 * self._points_at_once * matrix + 2 * gram
+        values = num_chains * (num_samples * structure.dim + points)
         return values * torch.finfo(structure.dtype).bits // 8
 
     def __getstate__(self) -> dict[str, Any]:

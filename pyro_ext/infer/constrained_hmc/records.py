@@ -16,10 +16,16 @@ _FAILURE_SHARE = 0.1
 
 
 class RunRecord:
-    """Collects the statistics of every draw after warm-up."""
+    """
+    Collects the statistics of every draw after warm-up.
 
-    def __init__(self, kernel: str) -> None:
+    :param str kernel: name of the kernel, for the summary.
+    :param str failure: what a failed step does to a trajectory, for the summary.
+    """
+
+    def __init__(self, kernel: str, failure: str = "rejected") -> None:
         self._kernel = kernel
+        self._failure = failure
         self._infos: list[TransitionInfo] = []
         self._statistics: list[dict[str, float | Tensor]] = []
 
@@ -74,10 +80,11 @@ class RunRecord:
             f"{self._kernel}: {chains} chain{'s' * (chains != 1)} x {draws} draws, "
             f"acceptance {float(stats['accept_prob'].mean()):.2f}, "
             f"step size {float(stats['step_size'].max()):.3g}, "
+            f"trajectory length {float(stats['trajectory_length'].mean()):.3g}, "
             f"{steps / (chains * draws):.1f} steps per draw, "
             f"{per_step:.1f} constraint evaluations per step, "
             f"largest residual {float(stats['constraint_residual'].max()):.1e}; "
-            f"rejected: {shares[0]} not converged, {shares[1]} non-reversible, "
+            f"{self._failure}: {shares[0]} not converged, {shares[1]} non-reversible, "
             f"{shares[2]} divergent."
         )
 

@@ -15,6 +15,12 @@ Constraints are often about lengths: on a sphere :math:`|x - \mu|` never changes
 form has nothing to say. The second does, and its gradient is much less noisy when there are many
 inputs.
 
+What is maximised is this divided by the root of the length :math:`t`. For a normal the effective
+sample size of squares per step, :math:`\sin^2 t / (2 - \sin^2 t) / t`, is largest at 1.4, and so
+is :math:`\sin^2 t / \sqrt t`; without the root the largest is at :math:`\pi/2`, with jitter
+others are nearly as large, and where the criterion saturates nothing would hold the length back.
+Lengths should grow from about one step, as in the paper: the first maximum is the one to find.
+
 The velocity at the end of a trajectory is its momentum, which is tangent to the manifold, so that
 with the chain rule the derivative with respect to the time costs nothing.
 """
@@ -117,9 +123,11 @@ def freeze_length(state: LengthAdaptation) -> LengthAdaptation:
 
 def criterion_slope(trajectories: Trajectories, mean: Tensor) -> float | None:
     r"""
-    Derivative of the criterion with respect to the log length.
+    Derivative with respect to the log length of the criterion over the root of the length.
 
-    .. math:: t \sum_j E\bigl[((x'_j - \mu_j)^2 - (x_j - \mu_j)^2)\,(x'_j - \mu_j)\,p'_j\bigr]
+    In units of that root, with :math:`d_j = (x'_j - \mu_j)^2 - (x_j - \mu_j)^2`,
+
+    .. math:: \sum_j E\bigl[t\, d_j\, (x'_j - \mu_j)\,p'_j - \tfrac18 d_j^2\bigr].
 
     :param trajectories: one per chain; the mean over them is weighted by ``accept_prob``, with
         which failed ones drop out.
@@ -130,10 +138,12 @@ def criterion_slope(trajectories: Trajectories, mean: Tensor) -> float | None:
     if not bool((weights > 0).any()):
         return None
     start, end = trajectories.start - mean, trajectories.end - mean
-    slopes = ((end.square() - start.square()) * end * trajectories.momentum).sum(-1)
+    change = end.square() - start.square()
+    velocity = end * trajectories.momentum
+    slopes = (trajectories.length * change * velocity - change.square() / 8).sum(-1)
     # what diverged need not be finite
     weighted = torch.where(weights > 0, weights * slopes, 0.0)
-    return float(weighted.sum() / weights.sum()) * trajectories.length
+    return float(weighted.sum() / weights.sum())
 
 
 def jitter_factor(jitter: float, number: int) -> float:

@@ -26,7 +26,11 @@ def record(status: torch.Tensor, accepted: torch.Tensor | None = None) -> RunRec
                 constraint_residual=1e-12 * (number + 1.0),
                 energy=number + torch.arange(len(status)) * 100.0,
             ),
-            {"step_size": 0.1 * (i + 1), "tree_depth": number + torch.arange(len(status))},
+            {
+                "step_size": 0.1 * (i + 1),
+                "trajectory_length": 1.5,
+                "tree_depth": number + torch.arange(len(status)),
+            },
         )
     return run
 
@@ -66,7 +70,7 @@ def test_the_summary_is_one_line_with_the_numbers() -> None:
     summary = record(torch.tensor([[0, 1, 0, 3], [2, 0, 0, 3]])).summary()
     assert "\n" not in summary
     for text in [
-        "ConstrainedHMC: 2 chains x 4 draws", "acceptance 0.50", "2.5 steps per draw",
+        "ConstrainedHMC: 2 chains x 4 draws", "acceptance 0.50", "trajectory length 1.5", "2.5 steps per draw",
         "10.0 constraint evaluations per step", "largest residual 4.0e-12",
         "12.5% not converged", "12.5% non-reversible", "25.0% divergent",
     ]:  # fmt: skip
