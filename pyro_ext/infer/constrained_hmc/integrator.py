@@ -16,7 +16,7 @@ from torch import Tensor
 from .chainwise import join_chains, select_chains, split_chains, take_chains
 from .projection import Projection, Projector, Tolerances
 from .status import Status
-from .structure import DenseJacobian, LinAlgError
+from .structure import Jacobian, LinAlgError
 from .system import Point, System, project_momentum
 
 __all__ = ["IntegratorSettings", "PhaseState", "StepInfo", "leapfrog_step"]
@@ -140,7 +140,7 @@ def _project(
     scale: Tensor,
     settings: IntegratorSettings,
     start: Tensor,
-    jacobian: DenseJacobian,
+    jacobian: Jacobian,
     status: Tensor,
 ) -> Projection:
     """Project with the chosen solver, then the chains it failed on with the fallback."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .structure import DenseJacobian
+from .structure import Jacobian
 
 __all__ = [
     "BatchFunction",
@@ -58,14 +58,14 @@ class Projection(NamedTuple):
     is_converged: Tensor  # (chains,) bool
 
 
-Projector = Callable[[BatchFunction, BatchFunction, Tensor, DenseJacobian, Tolerances], Projection]
+Projector = Callable[[BatchFunction, BatchFunction, Tensor, Jacobian, Tolerances], Projection]
 
 
 def quasi_newton(
     constraint: BatchFunction,
     jacobian_matrix: BatchFunction,
     start: Tensor,
-    jacobian: DenseJacobian,
+    jacobian: Jacobian,
     tolerances: Tolerances,
 ) -> Projection:
     r"""
@@ -92,7 +92,7 @@ def newton(
     constraint: BatchFunction,
     jacobian_matrix: BatchFunction,
     start: Tensor,
-    jacobian: DenseJacobian,
+    jacobian: Jacobian,
     tolerances: Tolerances,
 ) -> Projection:
     r"""
@@ -101,11 +101,12 @@ def newton(
     Fewer iterations than :func:`quasi_newton`, each with a new Jacobian and a linear solve;
     worth it where the constraint curves strongly within one step. Arguments as there.
     """
+    transposed = jacobian.dense().mT
 
     def update(position: Tensor, residual: Tensor) -> Tensor:
-        cross_gram = jacobian_matrix(position) @ jacobian.matrix.mT
+        cross_gram = jacobian_matrix(position) @ transposed
         multipliers, _ = torch.linalg.solve_ex(cross_gram, residual.unsqueeze(-1))
-        return (jacobian.matrix.mT @ multipliers).squeeze(-1)
+        return (transposed @ multipliers).squeeze(-1)
 
     return _iterate(constraint, update, start, tolerances)
 
@@ -148,7 +149,7 @@ def hybrid(
     constraint: BatchFunction,
     jacobian_matrix: BatchFunction,
     start: Tensor,
-    jacobian: DenseJacobian,
+    jacobian: Jacobian,
     tolerances: Tolerances,
 ) -> Projection:
     r"""
@@ -158,8 +159,8 @@ def hybrid(
     accepted only if it meets the same tolerances. Arguments as in :func:`quasi_newton`.
     """
     results = [
-        _hybrid_single(constraint, jacobian_matrix, start[i], jacobian.matrix[i], tolerances)
-        for i in range(len(start))
+        _hybrid_single(constraint, jacobian_matrix, point, matrix, tolerances)
+        for point, matrix in zip(start, jacobian.dense(), strict=True)
     ]
     position = torch.stack([result[0] for result in results])
     residual = constraint(position)

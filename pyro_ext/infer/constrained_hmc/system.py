@@ -11,13 +11,13 @@ is
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import jacfwd, jacrev, vjp, vmap
+from torch.func import vjp, vmap
 
-from .structure import DenseJacobian, factorize
+from .structure import DenseStructure, Jacobian, Structure
 
 __all__ = ["ConstrainedSystem", "Point", "System", "project_momentum", "total_energy"]
 
@@ -28,7 +28,7 @@ class Point(NamedTuple):
     """A batch of positions with all that the dynamics need to know there."""
 
     position: Tensor  # (chains, dim)
-    jacobian: DenseJacobian
+    jacobian: Jacobian
     energy: Tensor  # (chains,) negative log target density
     gradient: Tensor  # (chains, dim) of ``energy``
 
@@ -44,7 +44,7 @@ class System(Protocol):
     def jacobian_matrix(self, position: Tensor, scale: Tensor) -> Tensor:
         """Jacobian of the constraint."""
 
-    def jacobian(self, position: Tensor, scale: Tensor) -> DenseJacobian:
+    def jacobian(self, position: Tensor, scale: Tensor) -> Jacobian:
         """Factorised Jacobian of the constraint."""
 
     def point(self, position: Tensor, scale: Tensor) -> Point:
@@ -62,8 +62,9 @@ class ConstrainedSystem:
     :param potential: maps one input ``(dim,)`` to a scalar, :math:`-\log p(u)`.
     :param bool vectorized: whether the functions may be run under ``vmap``; otherwise they are
         run once per chain.
-    :param bool forward: build Jacobians by forward-mode differentiation, one product per input,
-        rather than by reverse mode, one per constraint.
+    :param bool forward: build dense Jacobians by forward-mode differentiation, one product per
+        input, rather than by reverse mode, one per constraint.
+    :param structure: how to compute and factorise Jacobians; by default as dense matrices.
     """
 
     def __init__(
@@ -73,12 +74,15 @@ class ConstrainedSystem:
         *,
         vectorized: bool = True,
         forward: bool = True,
+        structure: Structure[Any] | None = None,
     ) -> None:
         self.is_vectorized = vectorized
+        self.structure: Structure[Any] = structure or DenseStructure(
+            forward=forward and vectorized
+        )
         batch = vmap if vectorized else _loop
-        jacobian = jacfwd(constraint) if forward and vectorized else jacrev(constraint)
         self._constraint: ScalarFunction = batch(constraint)
-        self._jacobian: ScalarFunction = batch(jacobian)
+        self._derivatives: ScalarFunction = batch(self.structure.derivatives(constraint))
         self._potential: ScalarFunction = batch(potential)
 
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
@@ -93,11 +97,12 @@ class ConstrainedSystem:
 
     def jacobian_matrix(self, position: Tensor, scale: Tensor) -> Tensor:
         """Jacobian of the constraint, shape ``(chains, num_constraints, dim)``."""
-        return self._jacobian(position * scale) * scale
+        return self.structure.matrix(self._derivatives(position * scale), scale)
 
-    def jacobian(self, position: Tensor, scale: Tensor) -> DenseJacobian:
+    def jacobian(self, position: Tensor, scale: Tensor) -> Jacobian:
         """Factorised Jacobian of the constraint."""
-        return factorize(self.jacobian_matrix(position, scale))
+        jacobian: Jacobian = self.structure.factorize(self._derivatives(position * scale), scale)
+        return jacobian
 
     def point(self, position: Tensor, scale: Tensor) -> Point:
         r"""
@@ -109,9 +114,9 @@ class ConstrainedSystem:
         differentiating its factorisation.
         """
         inputs = position * scale
-        matrix, pullback = vjp(self._jacobian, inputs)[:2]
-        jacobian = factorize(matrix * scale)
-        (log_det_gradient,) = pullback(jacobian.dual * scale)
+        derivatives, pullback = vjp(self._derivatives, inputs)[:2]
+        jacobian = self.structure.factorize(derivatives, scale)
+        (log_det_gradient,) = pullback(self.structure.cotangent(jacobian, scale))
         potential, potential_pullback = vjp(self._potential, inputs)[:2]
         (potential_gradient,) = potential_pullback(torch.ones_like(potential))
         return Point(
@@ -122,7 +127,7 @@ class ConstrainedSystem:
         )
 
 
-def project_momentum(jacobian: DenseJacobian, momentum: Tensor) -> Tensor:
+def project_momentum(jacobian: Jacobian, momentum: Tensor) -> Tensor:
     r"""
     Orthogonal projection onto the cotangent space, :math:`p - J^\top(JJ^\top)^{-1}Jp`.
 
