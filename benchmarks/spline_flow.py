@@ -8,7 +8,6 @@ draws of autoregressive flows take time in the order of one pass, not of one per
     python benchmarks/spline_flow.py sampling    # autoregressive flows, 8 and 63 features
     python benchmarks/spline_flow.py memory
     python benchmarks/spline_flow.py threads     # one thread and two
-    python benchmarks/spline_flow.py compiled    # densities as native code; compiles for minutes
 
 The libraries take turns, operation by operation and round by round, in one process; figures are
 medians over rounds. Processor time with one thread is what other programs on the machine spoil
@@ -43,7 +42,6 @@ from benchmarks.peers.spline_flows import (
     COUPLING,
     FLOOR,
     OURS,
-    OURS_COMPILED,
     BuiltFlow,
     Setting,
     build,
@@ -109,7 +107,8 @@ def make_case(library: str, setting: Setting, draws: int, options: Options) -> C
             x = torch.randn(BATCH, setting.features)
         optimizer = torch.optim.Adam(flow.module.parameters(), lr=LEARNING_RATE)
         operations = make_operations(flow, optimizer, x, draws)
-        for name in ("training step", "log_prob"):
+        # the first calls compile, where anything is compiled
+        for name in operations if setting.coupling else ("training step", "log_prob"):
             operations[name]()
     except Exception as error:
         progress(f"{library} failed: {error!r}")
@@ -233,19 +232,6 @@ def speed(options: Options) -> None:
             for case in cases
         ]
         write_table(f"{NAME}_{kind}{options.suffix}", rows, options.how, PACKAGES)
-
-
-def compiled(options: Options) -> None:
-    cases = [
-        make_case(library, Setting(), DRAWS, options)
-        for library in (REFERENCE, OURS, OURS_COMPILED, FLOOR)
-    ]
-    labels = {"training step": "training step", "log_prob": f"log_prob of {BATCH}"}
-    times = run_rounds(cases, list(labels), options)
-    rows = [
-        {"library": case.library, **timing_columns(case, times, labels, options)} for case in cases
-    ]
-    write_table(f"{NAME}_compiled{options.suffix}", rows, options.how, PACKAGES)
 
 
 def sizes(options: Options) -> None:
@@ -425,7 +411,6 @@ PARTS = {
     "sampling": sampling,
     "memory": memory,
     "threads": threads,
-    "compiled": compiled,
 }
 
 

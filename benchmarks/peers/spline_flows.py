@@ -35,13 +35,22 @@ from pyro_ext.distributions.spline_flow import NeuralSplineFlow
 __all__ = ["AUTOREGRESSIVE", "COUPLING", "BuiltFlow", "Setting", "build", "count_parameters"]
 
 OURS = "pyro_ext"
-OURS_COMPILED = "pyro_ext (torch.compile)"
+OURS_COMPILED = "pyro_ext (compile=True)"
 ZUKO_PLAIN = "zuko (plain network)"
 PYRO_INVERSE = "Pyro (.inv)"
 FLOOR = "dense layers only"
 
-COUPLING = ("nflows", OURS, "zuko", ZUKO_PLAIN, "normflows", "Pyro", FLOOR)
-AUTOREGRESSIVE = ("nflows", OURS, "zuko", "normflows", "Pyro", PYRO_INVERSE, FLOOR)
+COUPLING = ("nflows", OURS, OURS_COMPILED, "zuko", ZUKO_PLAIN, "normflows", "Pyro", FLOOR)
+AUTOREGRESSIVE = (
+    "nflows",
+    OURS,
+    OURS_COMPILED,
+    "zuko",
+    "normflows",
+    "Pyro",
+    PYRO_INVERSE,
+    FLOOR,
+)
 
 # Smallest slope of zuko's splines, its default.
 _ZUKO_SLOPE = 1e-3
@@ -92,7 +101,7 @@ def count_parameters(module: nn.Module) -> int:
 # -- pyro_ext -----------------------------------------------------------------------------------
 
 
-def _build_ours(setting: Setting) -> BuiltFlow:
+def _build_ours(setting: Setting, *, compile: bool = False) -> BuiltFlow:
     flow = NeuralSplineFlow(
         setting.features,
         transforms=setting.transforms,
@@ -102,6 +111,7 @@ def _build_ours(setting: Setting) -> BuiltFlow:
         spline=setting.spline,
         hidden_features=setting.hidden,
         residual_blocks=setting.blocks,
+        compile=compile,
     )
     return BuiltFlow(
         flow,
@@ -110,18 +120,6 @@ def _build_ours(setting: Setting) -> BuiltFlow:
         lambda x: flow.bijection.to_noise(x)[0],
         lambda z: flow.bijection.to_data(z)[0],
     )
-
-
-def _build_ours_compiled(setting: Setting) -> BuiltFlow:
-    """The density as native code; draws are left as they are."""
-    ours = _build_ours(setting)
-    validates = torch.distributions.Distribution._validate_args
-    log_prob = torch.compile(ours.log_prob, fullgraph=True)
-    with torch.no_grad():
-        log_prob(torch.randn(2, setting.features))
-    # the first compilation of a process switches the validation of arguments off
-    torch.distributions.Distribution.set_default_validate_args(validates)
-    return ours._replace(log_prob=log_prob)
 
 
 # -- nflows -------------------------------------------------------------------------------------
@@ -383,7 +381,7 @@ def _build_floor(setting: Setting) -> BuiltFlow:
 
 _BUILDERS: dict[str, Callable[[Setting], BuiltFlow]] = {
     OURS: _build_ours,
-    OURS_COMPILED: _build_ours_compiled,
+    OURS_COMPILED: functools.partial(_build_ours, compile=True),
     "nflows": _build_nflows,
     "zuko": _build_zuko,
     ZUKO_PLAIN: functools.partial(_build_zuko, plain_network=True),

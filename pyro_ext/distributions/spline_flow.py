@@ -82,6 +82,9 @@ class NeuralSplineFlow(nn.Module):
         box, the noise is uniform, and permutations take the place of the linear maps.
     :param base: distribution of the noise, with ``event_shape == (features,)``, or a function of
         the context that returns one, for example a module; standard normal by default.
+    :param bool compile: run coupling and autoregressive layers as native code, made by
+        :func:`torch.compile` at the first call, which then takes some ten seconds, and needs a
+        C++ compiler on the machine. Pays off in training runs of minutes and longer.
     :raises ValueError: if a setting is out of its range.
 
     Reference: Durkan, Bekasov, Murray and Papamakarios 2019, "Neural Spline Flows".
@@ -114,6 +117,7 @@ class NeuralSplineFlow(nn.Module):
         inverse: bool = False,
         box: tuple[float | Tensor, float | Tensor] | None = None,
         base: Base | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         _check_at_least_one(features=features, transforms=transforms)
@@ -135,7 +139,7 @@ class NeuralSplineFlow(nn.Module):
             layers.append(Inverse(layer) if inverse else layer)
         layers.append(_mix(features, in_box=box is not None))
         self._box = None if box is None else _check_box(box, features)
-        self.bijection = Composite([_first(self._box, features), *layers])
+        self.bijection = Composite([_first(self._box, features), *layers], compile=compile)
         self.register_buffer("_loc", torch.zeros(features), persistent=False)
         self.base = base
 

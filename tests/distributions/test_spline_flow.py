@@ -1,6 +1,7 @@
 """NeuralSplineFlow in all its settings: exact densities, draws, copies, contexts, bad input."""
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -537,6 +538,58 @@ def test_compilation_has_no_graph_breaks(coupling: bool, context_size: int) -> N
         gradients.append([p.grad for p in flow.parameters()])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+# the compiler looks at the gradients of its inputs
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
+@pytest.mark.parametrize("coupling", [True, False], ids=["coupling", "autoregressive"])
+def test_compiled_layers_do_the_same(coupling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # all that the compiler does, but for the C++
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    plain = _flow(3, coupling=coupling)
+    compiled = _flow(3, coupling=coupling, compile=True)
+    compiled.load_state_dict(plain.state_dict())
+    is_validated = Distribution._validate_args
+    x = torch.randn(6, 3)
+    gradients = []
+    for flow in (plain, compiled):
+        flow().log_prob(x).sum().backward()
+        gradients.append([p.grad for p in flow.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled().log_prob(x), plain().log_prob(x))
+        draws = []
+        for flow in (plain, compiled):
+            torch.manual_seed(1)
+            draws.append(flow().rsample_and_log_prob((6,)))
+        torch.testing.assert_close(*draws)
+    assert Distribution._validate_args == is_validated
+
+    # one program for the layers of all steps: a graph for each direction and mode
+    functions = compiled.bijection._compiled._functions
+    assert len(functions) == (2 if coupling else 1)
+    # copies compile for themselves, and transforms see the plain layers
+    assert pickle.loads(pickle.dumps(compiled)).bijection._compiled._functions == {}
+    assert copy.deepcopy(compiled).bijection._compiled._functions == {}
+    in_rows = torch.vmap(lambda row: compiled.bijection.to_noise(row)[0])(x)
+    torch.testing.assert_close(in_rows, plain.bijection.to_noise(x)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_native_code_does_the_same() -> None:
+    flow = _flow(3, compile=True)
+    x = torch.randn(6, 3)
+    with torch.no_grad():
+        found = flow().log_prob(x)
+        noise, log_det = torch.vmap(flow.bijection.to_noise)(x)  # does not compile
+    expected = dist.Normal(0.0, 1.0).log_prob(noise).sum(-1) + log_det
+    torch.testing.assert_close(found, expected)
 
 
 # -- bad input ---------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ class Autoregressive(Bijection):
     Reference: Papamakarios et al. 2017, "Masked Autoregressive Flow"; Durkan et al. 2019.
     """
 
+    # The other direction is a loop over the features, which takes minutes to compile.
+    worth_compiling = ("to_noise",)
+
     def __init__(self, elementwise_map: ElementwiseMap, network: ResMADE) -> None:
         super().__init__()
         self.elementwise_map = elementwise_map

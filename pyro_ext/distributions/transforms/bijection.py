@@ -8,6 +8,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from .compilation import CompiledLayers, can_compile
+
 __all__ = ["Bijection", "Composite", "Inverse"]
 
 
@@ -26,6 +28,9 @@ class Bijection(nn.Module, ABC):
 
     noise_event_dim: int | None = None
     """Dimensions of the noise of one datum, if they are not :attr:`event_dim`."""
+
+    worth_compiling: tuple[str, ...] = ()
+    """Names of the methods that gain from being native code."""
 
     @abstractmethod
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -53,10 +58,12 @@ class Composite(Bijection):
     Bijections one after the other, in the order from data to noise.
 
     :param bijections: the layers, the one next to the data first.
+    :param bool compile: run the layers that gain from it as native code.
     """
 
-    def __init__(self, bijections: Iterable[Bijection]) -> None:
+    def __init__(self, bijections: Iterable[Bijection], *, compile: bool = False) -> None:
         super().__init__()
+        self._compiled = CompiledLayers() if compile else None
         self.bijections = cast("Sequence[Bijection]", nn.ModuleList(bijections))
         first, last = self.bijections[0], self.bijections[-1]
         self.event_dim = first.event_dim
@@ -66,7 +73,7 @@ class Composite(Bijection):
         """Apply every layer; see :meth:`Bijection.to_noise`."""
         log_det = x.new_zeros(x.shape[: x.dim() - self.event_dim])
         for bijection in self.bijections:
-            x, log_det_of_one = bijection.to_noise(x, context)
+            x, log_det_of_one = self._call(bijection, "to_noise", x, context)
             log_det = log_det + log_det_of_one
         return x, log_det
 
@@ -74,9 +81,17 @@ class Composite(Bijection):
         """Undo every layer, the last one first; see :meth:`Bijection.to_data`."""
         log_det = z.new_zeros(z.shape[: z.dim() - (self.noise_event_dim or self.event_dim)])
         for bijection in reversed(self.bijections):
-            z, log_det_of_one = bijection.to_data(z, context)
+            z, log_det_of_one = self._call(bijection, "to_data", z, context)
             log_det = log_det + log_det_of_one
         return z, log_det
+
+    def _call(
+        self, bijection: Bijection, direction: str, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self._compiled and direction in bijection.worth_compiling and can_compile():
+            return self._compiled(bijection, direction, x, context)
+        result: tuple[Tensor, Tensor] = getattr(bijection, direction)(x, context)
+        return result
 
 
 class Inverse(Bijection):
@@ -94,6 +109,8 @@ class Inverse(Bijection):
         self.bijection = bijection
         self.event_dim = bijection.noise_event_dim or bijection.event_dim
         self.noise_event_dim = bijection.event_dim
+        opposite = {"to_noise": "to_data", "to_data": "to_noise"}
+        self.worth_compiling = tuple(opposite[name] for name in bijection.worth_compiling)
 
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Bijection.to_noise`."""

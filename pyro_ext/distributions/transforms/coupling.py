@@ -32,6 +32,8 @@ class Coupling(Bijection):
     Reference: Dinh et al. 2017; Durkan et al. 2019, eq. 9-11.
     """
 
+    worth_compiling = ("to_noise", "to_data")
+
     def __init__(
         self,
         elementwise_map: ElementwiseMap,

@@ -1,0 +1,63 @@
+"""Layers of a flow as native code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+__all__ = ["CompiledLayers", "can_compile"]
+
+
+class CompiledLayers:
+    """
+    Calls layers as native code, the same code for all layers of a kind and size.
+
+    A layer is compiled by :func:`torch.compile` when the first one of its kind is called, and
+    again for another number of rows, or when gradients are needed and were not before.
+    """
+
+    def __init__(self) -> None:
+        self._functions: dict[tuple[type, str], Callable[..., tuple[Tensor, Tensor]]] = {}
+
+    def __call__(
+        self, layer: Any, direction: str, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Call a method of a layer.
+
+        :param layer: the layer.
+        :param str direction: name of the method.
+        :param Tensor x: its first argument.
+        :param Tensor context: its second argument.
+        """
+        kind = (type(layer), direction)
+        with _validation_kept():
+            if kind not in self._functions:
+                self._functions[kind] = torch.compile(getattr(type(layer), direction))
+            return self._functions[kind](layer, x, context)
+
+    def __reduce__(self) -> tuple[type[CompiledLayers], tuple[()]]:
+        """Copies and pickles compile for themselves."""
+        return CompiledLayers, ()
+
+
+def can_compile() -> bool:
+    """Whether the compiler may be called here: not from code that it or a transform traces."""
+    # torch has no public name for the second question
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+@contextmanager
+def _validation_kept() -> Iterator[None]:
+    """``torch.compile`` switches the validation of distributions off; switch it back."""
+    is_enabled = Distribution._validate_args
+    try:
+        yield
+    finally:
+        if Distribution._validate_args != is_enabled:
+            Distribution.set_default_validate_args(is_enabled)
