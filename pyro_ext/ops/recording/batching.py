@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,22 +16,10 @@ from .moves import index_leaves, moves
 from .program import Operation, Program, Reference
 from .schedule import schedule
 
-__all__ = ["batched"]
+__all__ = ["BatchedProgram"]
 
 _FEWEST = 4  # members of a group: fewer save less than joining and picking costs
 _LARGEST = 1024  # elements of a member: with more, calling the operation is not what takes long
-
-
-def batched(program: Program, fewest: int = _FEWEST) -> Callable[[Tensor], list[Tensor]]:
-    """
-    Group the operations of a program that are the same on other tensors of the same shapes.
-
-    :param Program program: the operations.
-    :param int fewest: how many operations make a group.
-    :returns: a function of the input that returns the outputs, running each group under
-        :func:`torch.func.vmap`.
-    """
-    return _Plan(program, fewest).run
 
 
 class _Step(NamedTuple):
@@ -44,16 +32,24 @@ class _Step(NamedTuple):
     results: list[Tensor | None]  # of one member, at the example
 
 
-class _Plan:
-    """What to run, in which order, and which elements it takes."""
+class BatchedProgram:
+    """
+    A program of which operations run as one that are the same on other tensors of equal shapes.
 
-    def __init__(self, program: Program, fewest: int) -> None:
+    It is planned once: which operations, in which order, on which elements.
+
+    :param Program program: the operations.
+    :param int fewest: how many operations make a group.
+    """
+
+    def __init__(self, program: Program, fewest: int = _FEWEST) -> None:
         self._values = program.values
         self._space = Elements()
         self._buffers: list[Tensor | None] = []  # those that are known beforehand
         self._elements: dict[int, Tensor] = {}  # of every tensor, by its number
         self._steps: list[_Step] = []
-        self._elements[0] = self._new_buffer(None, program.values[0].shape)
+        for number in range(program.num_inputs):
+            self._elements[number] = self._new_buffer(None, program.values[number].shape)
         for number, value in program.constants().items():
             self._elements[number] = self._new_buffer(value, value.shape)
         free = moves(program)
@@ -66,9 +62,14 @@ class _Plan:
                     self._add(operation)
         self._outputs = [self._fetch(number) for number in program.outputs]
 
-    def run(self, x: Tensor) -> list[Tensor]:
-        """Run the steps."""
-        buffers: list[Any] = [x, *self._buffers[1:]]
+    @property
+    def has_groups(self) -> bool:
+        """Whether anything runs as one."""
+        return any(step.in_dims for step in self._steps)
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Run the steps, each group under :func:`torch.func.vmap`."""
+        buffers: list[Any] = [*inputs, *self._buffers[len(inputs) :]]
         for step in self._steps:
             leaves = [x.build(buffers) if isinstance(x, Fetch) else x for x in step.leaves]
             results = _run_group(step, leaves) if step.in_dims else step.operation.call(leaves)
@@ -126,13 +127,13 @@ class _Plan:
             in_dims.append(in_dim)
             if in_dim == 0:
                 sizes.append(math.prod(leaf.shape[1:]))
-        if min(sizes) == 0 or max(sizes) > _LARGEST:
+        if 0 not in in_dims or min(sizes) == 0 or max(sizes) > _LARGEST:
             return False
-        numbers = {number for operation in operations for number in operation.inputs()}
-        alone = len(operations) + sum(self._fetch(number).cost for number in numbers)
         together = 1 + sum(leaf.cost for leaf in leaves if isinstance(leaf, Fetch))
-        if together >= alone:
-            return False
+        if together >= len(operations):
+            numbers = {number for operation in operations for number in operation.inputs()}
+            if together >= len(operations) + sum(self._fetch(number).cost for number in numbers):
+                return False
         shapes = [None if r is None else (len(operations), *r.shape) for r in results]
         buffers = self._define(operations, shapes)
         self._steps.append(_Step(operations[0], leaves, in_dims, buffers, results))

@@ -81,32 +81,34 @@ class Operation(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Operations in the order in which they run. Tensors have numbers; that of the input is 0."""
+    """Operations in the order in which they run. Tensors have numbers, inputs the first ones."""
 
+    num_inputs: int
     operations: list[Operation]
     outputs: list[int]
     values: dict[int, Tensor]
-    """Every tensor, at the example."""
+    """Every tensor, at the examples."""
 
     def constants(self) -> dict[int, Tensor]:
-        """The tensors that do not depend on the input."""
-        computed = {0, *(number for op in self.operations for number in op.results)}
+        """The tensors that do not depend on the inputs."""
+        computed = {number for op in self.operations for number in op.results}
+        computed.update(range(self.num_inputs))
         return {number: v for number, v in self.values.items() if number not in computed}
 
 
-def trace(function: Callable[[Tensor], Any], example: Tensor) -> tuple[Program, TreeSpec]:
+def trace(function: Callable[..., Any], *examples: Tensor) -> tuple[Program, TreeSpec]:
     """
-    Run a function at an example and note the operations that depend on its input.
+    Run a function at an example and note the operations that depend on its inputs.
 
-    :param function: maps a tensor to a tensor or a nest of tensors.
-    :param Tensor example: an input.
+    :param function: maps tensors to a tensor or a nest of tensors.
+    :param Tensor examples: an input each.
     :returns: the program and the structure of the function's result.
-    :raises RecordingError: if another input could take other operations than these.
+    :raises RecordingError: if other inputs could take other operations than these.
     """
-    tracer = _Tracer(example)
+    tracer = _Tracer(examples)
     try:
         with torch.enable_grad(), _NoConversion(), tracer:
-            result = functionalize(function)(example)
+            result = functionalize(function)(*examples)
     except RecordingError:
         raise
     except Exception as error:
@@ -122,21 +124,22 @@ def trace(function: Callable[[Tensor], Any], example: Tensor) -> tuple[Program, 
                 f"The function returns a {type(output).__name__} beside tensors; a recorded "
                 "function can return tensors only."
             )
-    program = Program(tracer.operations, [tracer.number(out) for out in outputs], tracer.values)
+    numbers = [tracer.number(output) for output in outputs]
+    program = Program(len(examples), tracer.operations, numbers, tracer.values)
     return _without_repetitions(tracer.checked(_needed(program))), structure
 
 
 class _Tracer(TorchDispatchMode):
     """Notes the operations that run on tensors which depend on the input."""
 
-    def __init__(self, example: Tensor) -> None:
+    def __init__(self, examples: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self.values: dict[int, Tensor] = {0: example}
+        self.values: dict[int, Tensor] = dict(enumerate(examples))
         self.refusal: str | None = None
-        self._numbers = {id(example): 0}
-        self._kept = [example]  # a number belongs to an id as long as its tensor lives
-        self._dependent = {0}
+        self._numbers = {id(example): i for i, example in enumerate(examples)}
+        self._kept = [*examples]  # a number belongs to an id as long as its tensor lives
+        self._dependent = {*self.values}
         self._refused: dict[int, str] = {}  # results that must not be needed
 
     def number(self, tensor: Tensor) -> int:
@@ -164,6 +167,11 @@ class _Tracer(TorchDispatchMode):
                 f"The function turns a tensor that depends on its input into a number ({func}), "
                 "as a Python branch on it or .item() does. Use torch.where for a branch."
             )
+        if torch.Tag.dynamic_output_shape in func.tags and self._has_varying_shape(func, leaves):
+            self._refuse(
+                "The function makes a tensor whose shape depends on the values of its input "
+                f"({func}), as indexing with a mask does. Use torch.where."
+            )
         if func._schema.is_mutable:
             self._refuse(
                 f"The function writes into its input or into a tensor from outside ({func})."
@@ -178,6 +186,14 @@ class _Tracer(TorchDispatchMode):
     def _depends(self, func: Any, leaves: list[Any]) -> bool:
         numbers = (self._numbers.get(id(x)) for x in leaves if isinstance(x, Tensor))
         return func not in _SHAPE_ONLY and any(number in self._dependent for number in numbers)
+
+    def _has_varying_shape(self, func: Any, leaves: list[Any]) -> bool:
+        """Whether values of the input decide on the shape of the result."""
+        if func is not aten.index.Tensor:
+            return True
+        tensors = [x for x in leaves[1:] if isinstance(x, Tensor)]
+        masks = [x for x in tensors if x.dtype in (torch.bool, torch.uint8)]
+        return any(self._numbers.get(id(mask)) in self._dependent for mask in masks)
 
     def _note(
         self, func: Any, leaves: list[Any], structure: TreeSpec, result: Any, is_random: bool
@@ -233,16 +249,15 @@ class _NoConversion(TorchFunctionMode):
 
 def _needed(program: Program) -> Program:
     """Leave out the operations that no output needs."""
-    needed = set(program.outputs)
+    needed: set[int | None] = {*program.outputs}
     operations = []
     for operation in reversed(program.operations):
         if needed.intersection(operation.results):
             needed.update(operation.inputs())
             operations.append(operation)
-    values = {n: value for n, value in program.values.items() if n in needed or n == 0}
-    for operation in operations:
-        values.update({n: program.values[n] for n in operation.results if n is not None})
-    return Program(operations[::-1], program.outputs, values)
+    needed.update(range(program.num_inputs), *(operation.results for operation in operations))
+    values = {n: value for n, value in program.values.items() if n in needed}
+    return program._replace(operations=operations[::-1], values=values)
 
 
 def _without_repetitions(program: Program) -> Program:
@@ -263,7 +278,7 @@ def _without_repetitions(program: Program) -> Program:
             if number is not None and other is not None:
                 same[number] = other
     outputs = [same.get(number, number) for number in program.outputs]
-    return _needed(Program(operations, outputs, program.values))
+    return _needed(program._replace(operations=operations, outputs=outputs))
 
 
 def graph_module(program: Program, structure: TreeSpec) -> fx.GraphModule:
@@ -272,11 +287,11 @@ def graph_module(program: Program, structure: TreeSpec) -> fx.GraphModule:
 
     :param Program program: the operations.
     :param TreeSpec structure: of the result.
-    :returns: a module that maps the input to the outputs.
+    :returns: a module that maps the inputs to the outputs.
     """
     root = torch.nn.Module()
     graph = fx.Graph()
-    nodes: dict[int, Any] = {0: graph.placeholder("input")}
+    nodes: dict[int, Any] = {i: graph.placeholder(f"input_{i}") for i in range(program.num_inputs)}
     for number, value in program.constants().items():
         name = f"constant_{number}"
         root.register_buffer(name, value)

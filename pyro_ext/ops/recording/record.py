@@ -1,4 +1,4 @@
-"""Record a function of one tensor once, to run what it repeats as one."""
+"""Record functions of tensors, to run them without their Python code and in few operations."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import vjp, vmap
+from torch.func import grad, vmap
 from torch.utils._pytree import tree_leaves
 
-from .batching import batched
+from .batching import BatchedProgram
 from .picks import joint_picks
-from .program import Program, RecordingError, graph_module, trace
+from .program import RecordingError, graph_module, trace
 
-__all__ = ["RecordedFunction", "RecordingError", "record"]
+__all__ = ["RecordedFunction", "flatten", "record"]
 
 _NEARBY = 0.03  # relative distance of the second input at which a recording is checked
 
 
 class RecordedFunction:
     """
-    A function of one tensor as a fixed sequence of tensor operations.
+    A function of tensors as a fixed sequence of tensor operations.
 
     It can be differentiated in every way, batched with :func:`torch.func.vmap`, traced, compiled
     and pickled like any other function of tensors.
@@ -36,14 +36,14 @@ class RecordedFunction:
         self.num_recorded = num_recorded
         self.num_operations = num_operations
 
-    def __call__(self, x: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor) -> Any:
         """
         Run the operations.
 
-        :param Tensor x: an input with the shape and dtype of the example.
+        :param Tensor inputs: of the shapes and dtypes of the examples.
         :returns: what the recorded function returned.
         """
-        return self.module.forward(x)
+        return self.module.forward(*inputs)
 
     def __repr__(self) -> str:
         return (
@@ -62,14 +62,14 @@ def record(function: Callable[[Tensor], Any], example: Tensor) -> RecordedFuncti
 
     becomes the operations of one step, each on all :math:`T` steps. What does not depend on the
     input is computed here, once; views, ``cat``, ``stack`` and writing into slices are resolved
-    here and cost nothing later. A loop that is truly sequential stays one.
+    here and cost little later. A loop that is truly sequential stays one.
 
     All that the function reads from elsewhere is a constant at the value that it has now.
 
     :param function: maps one tensor to a tensor or a nest of tensors. It must run the same
         operations for every input.
     :param Tensor example: a typical input, of floating point. No element should be zero: the
-        check moves it by a few percent of its size.
+        check moves each by a few percent of its size.
     :returns: the recorded function.
     :raises RecordingError: if the function draws random numbers, turns a tensor that depends on
         the input into a number (a Python branch, ``.item()``, NumPy), writes into its input, has
@@ -82,87 +82,109 @@ def record(function: Callable[[Tensor], Any], example: Tensor) -> RecordedFuncti
     >>> def steps(u):
     ...     return torch.stack([(u[t] * (0.1 * t)).exp() for t in range(100)])
     >>> record(steps, torch.randn(100))
-    RecordedFunction(2 operations, recorded from 300)
+    RecordedFunction(2 operations, recorded from 301)
     """
-    if not example.is_floating_point():
-        raise ValueError(f"The example must be of floating point; its dtype is {example.dtype}.")
-    example = example.detach()
-    program, structure = trace(function, example)
-    shortest = min(_shortened(program, example), key=lambda p: len(p.operations))
-    module = graph_module(shortest, structure)
-    recorded = RecordedFunction(module, len(program.operations), len(shortest.operations))
-    _check(recorded, function, example)
+    program, structure = trace(function, _checked(example))
+    programs = [joint_picks(program)]
+    batched = BatchedProgram(program)
+    programs.append(joint_picks(trace(batched, example)[0]))
+    if batched.has_groups and 2 * len(programs[1].operations) > len(program.operations):
+        alone = BatchedProgram(program, fewest=len(program.operations) + 1)
+        programs.append(joint_picks(trace(alone, example)[0]))
+    shortest = min(programs, key=lambda p: len(p.operations))
+    recorded = RecordedFunction(
+        graph_module(shortest, structure), len(program.operations), len(shortest.operations)
+    )
+    both = torch.stack([example.detach(), _nearby(example)])
+    _compare(vmap(recorded), lambda x: _stacked([function(row) for row in x]), both)
+    _compare(_derivative(recorded), _derivative(function), example.detach())
     return recorded
 
 
-def _shortened(program: Program, example: Tensor) -> list[Program]:
-    """The program in groups and, where groups save little, without."""
-    programs = [joint_picks(program), _regrouped(program, example)]
-    if 2 * len(programs[1].operations) > len(program.operations):
-        programs.append(_regrouped(program, example, fewest=len(program.operations) + 1))
-    return programs
+def flatten(function: Callable[..., Any], *examples: Tensor) -> RecordedFunction:
+    """
+    Record a function as it is, with all that happens inside it spelled out.
+
+    What ``vmap`` and the transforms of :mod:`torch.func` do in each call, working out which
+    operations to run, is done here, once: for small tensors that is most of the time. The result
+    is for the shapes of the examples; compiling it takes no further tracing.
+
+    :param function: maps tensors to a tensor or a nest of tensors. It must run the same
+        operations for all inputs of these shapes.
+    :param Tensor examples: typical inputs, of floating point.
+    :returns: the recorded function. It is meant to be run: its own derivative is not checked.
+    :raises RecordingError: as :func:`record` does, except for what concerns the derivative.
+    :raises ValueError: if an example is not of floating point.
+
+    >>> jacobian = torch.func.vmap(torch.func.jacrev(torch.sin))
+    >>> flat = flatten(jacobian, torch.randn(5, 3))
+    >>> flat(torch.zeros(5, 3)).shape
+    torch.Size([5, 3, 3])
+    """
+    program, structure = trace(function, *map(_checked, examples))
+    shorter = joint_picks(program)
+    recorded = RecordedFunction(
+        graph_module(shorter, structure), len(program.operations), len(shorter.operations)
+    )
+    for inputs in ([x.detach() for x in examples], [_nearby(x) for x in examples]):
+        _compare(recorded, function, *inputs)
+    return recorded
 
 
-def _regrouped(program: Program, example: Tensor, **settings: int) -> Program:
-    return joint_picks(trace(batched(program, **settings), example)[0])
+def _checked(example: Tensor) -> Tensor:
+    if not example.is_floating_point():
+        raise ValueError(f"Examples must be of floating point; one has dtype {example.dtype}.")
+    return example.detach()
 
 
-def _check(recorded: RecordedFunction, function: Callable[[Tensor], Any], example: Tensor) -> None:
-    """Compare values at two inputs and the derivative at one."""
+def _nearby(example: Tensor) -> Tensor:
     generator = torch.Generator(example.device).manual_seed(0)
     noise = torch.randn(
         example.shape, generator=generator, dtype=example.dtype, device=example.device
     )
-    inputs = torch.stack([example, example * (1 + _NEARBY * noise)])
+    return example.detach() * (1 + _NEARBY * noise)
+
+
+def _stacked(rows: list[Any]) -> list[Tensor]:
+    return [torch.stack(column) for column in zip(*map(tree_leaves, rows), strict=True)]
+
+
+def _derivative(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """Derivative of a weighted sum of all outputs of floating point."""
+
+    def weighted_sum(x: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        for output in tree_leaves(function(x)):
+            if output.is_floating_point():
+                weights = torch.linspace(1.0, 2.0, output.numel(), device=output.device)
+                total = total + (weights.to(output).reshape(output.shape) * output).sum()
+        return total
+
+    return grad(weighted_sum)
+
+
+def _compare(recorded: Callable[..., Any], function: Callable[..., Any], *inputs: Tensor) -> None:
+    """Run both, and refuse a recording that gives something else."""
     try:
-        rows = [tree_leaves(function(x)) for x in inputs]
-        expected = [torch.stack(column).detach() for column in zip(*rows, strict=True)]
-        actual = tree_leaves(vmap(recorded)(inputs))
-        gradients = [_gradient(f, example, expected) for f in (recorded, function)]
+        actual, expected = tree_leaves(recorded(*inputs)), tree_leaves(function(*inputs))
     except Exception as error:
         raise RecordingError(
             f"The recorded function cannot be checked: {type(error).__name__}: {error}"
         ) from error
-    for i, (value, reference) in enumerate(zip(actual, expected, strict=True)):
-        _compare(value, reference, f"output {i}")
-    _compare(gradients[0], gradients[1], "the derivative")
+    for value, reference in zip(actual, expected, strict=True):
+        if not _is_close(value.detach(), reference.detach()):
+            raise RecordingError(
+                "The recorded function gives other values, or derivatives, than the function "
+                "itself, which must run the same operations every time, depend on nothing that "
+                "changes and be differentiated by their rules."
+            )
 
 
-def _gradient(function: Callable[[Tensor], Any], x: Tensor, outputs: list[Tensor]) -> Tensor:
-    """Derivative of a weighted sum of all outputs of floating point."""
-
-    def floating(x: Tensor) -> list[Tensor]:
-        return [out for out in tree_leaves(function(x)) if out.is_floating_point()]
-
-    weights = [
-        torch.linspace(1.0, 2.0, out[0].numel(), dtype=out.dtype, device=out.device).view_as(
-            out[0]
-        )
-        for out in outputs
-        if out.is_floating_point()
-    ]
-    if not weights:
-        return torch.zeros_like(x)
-    pullback: Callable[[list[Tensor]], tuple[Tensor]] = vjp(floating, x)[1]
-    return pullback(weights)[0]
-
-
-def _compare(value: Tensor, reference: Tensor, what: str) -> None:
+def _is_close(value: Tensor, reference: Tensor) -> bool:
     if value.dtype != reference.dtype or value.shape != reference.shape:
-        raise RecordingError(
-            f"The recorded function gives {what} as {value.dtype} of shape {tuple(value.shape)}, "
-            f"the function itself as {reference.dtype} of shape {tuple(reference.shape)}."
-        )
-    if not reference.is_floating_point():
-        is_close = torch.equal(value, reference)
-    else:
-        tolerance = torch.finfo(reference.dtype).eps ** 0.5
-        size = reference.nan_to_num(0.0, 0.0, 0.0).abs().amax() if reference.numel() else 0.0
-        is_close = torch.allclose(
-            value, reference, rtol=tolerance, atol=float(tolerance * size), equal_nan=True
-        )
-    if not is_close:
-        raise RecordingError(
-            f"The recorded function differs from the function itself in {what}: the function "
-            "does not run the same operations every time, or depends on what is not a tensor."
-        )
+        return False
+    if not reference.is_floating_point() or not reference.numel():
+        return torch.equal(value, reference)
+    tolerance = torch.finfo(reference.dtype).eps ** 0.5
+    scale = float(reference.nan_to_num(0.0, 0.0, 0.0).abs().amax())
+    return torch.allclose(value, reference, tolerance, tolerance * scale, equal_nan=True)
