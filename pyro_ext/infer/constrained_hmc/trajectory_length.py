@@ -15,11 +15,10 @@ Constraints are often about lengths: on a sphere :math:`|x - \mu|` never changes
 form has nothing to say. The second does, and its gradient is much less noisy when there are many
 inputs.
 
-What is maximised is this divided by the root of the length :math:`t`. For a normal the effective
-sample size of squares per step, :math:`\sin^2 t / (2 - \sin^2 t) / t`, is largest at 1.4, and so
-is :math:`\sin^2 t / \sqrt t`; without the root the largest is at :math:`\pi/2`, with jitter
-others are nearly as large, and where the criterion saturates nothing would hold the length back.
-Lengths should grow from about one step, as in the paper: the first maximum is the one to find.
+Along a single oscillation of unit frequency the most is at a quarter turn, 1.57; with lengths
+jittered by half it is at 1.43, and there the effective sample sizes per step of means and of
+squares are balanced. Longer oscillations have more such maxima. Lengths therefore grow from about
+one step, as in the paper: the first maximum is the one to find.
 
 The velocity at the end of a trajectory is its momentum, which is tangent to the manifold, so that
 with the chain rule the derivative with respect to the time costs nothing.
@@ -44,12 +43,13 @@ __all__ = [
     "plan_trajectory",
 ]
 
-# Steps in the log length are about 0.25 / sqrt(n), so that warm-ups of a few dozen draws, which
+# Steps in the log length are at most 0.25 / sqrt(n), so that warm-ups of a few dozen draws, which
 # suffice for many chains, can change it by a factor of ten; the paper's constant 0.025 could not.
 _RATE = 0.25
 _FORGETTING = 0.05  # of squared gradients, per draw (as in the paper)
 _AVERAGING_POWER = 0.75  # as in dual averaging of the step size
-_RECENT = 8  # the mean forgets a draw once there are this many times more
+_MEAN_POWER = 3  # the mean forgets where the chains came from with this power of their draws
+_FEWEST_DRAWS = 10  # for a mean that says what is a change
 
 
 class LengthAdaptation(NamedTuple):
@@ -103,17 +103,20 @@ def length_adaptation_update(
     """
     count = state.num_updates + 1
     shift = (trajectories.start * scale).mean(0) - state.mean
-    state = state._replace(mean=state.mean + shift * _RECENT / (_RECENT + count))
-    slope = criterion_slope(trajectories, state.mean / scale)
-    if slope is None:
+    mean = state.mean + shift * _MEAN_POWER / (count - 1 + _MEAN_POWER)
+    state = state._replace(mean=mean, num_updates=count)
+    slope = criterion_slope(trajectories, mean / scale)
+    if slope is None or count * len(trajectories.start) < _FEWEST_DRAWS:
         return state
     squared = (1 - _FORGETTING) * state.squared_slope + _FORGETTING * slope**2
     typical = math.sqrt(squared / (1 - (1 - _FORGETTING) ** count))
-    move = _RATE / math.sqrt(count) * slope / typical if typical > 0 else 0.0
-    log_length = min(max(state.log_length + move, math.log(shortest)), math.log(longest))
+    # one outlier among the first gradients of a single chain must not carry it past a maximum
+    direction = min(max(slope / typical, -1.0), 1.0) if typical > 0 else 0.0
+    log_length = state.log_length + _RATE / math.sqrt(count) * direction
+    log_length = min(max(log_length, math.log(shortest)), math.log(longest))
     weight = count**-_AVERAGING_POWER
     average = weight * log_length + (1 - weight) * state.log_length_average
-    return LengthAdaptation(log_length, average, state.mean, squared, count)
+    return LengthAdaptation(log_length, average, mean, squared, count)
 
 
 def freeze_length(state: LengthAdaptation) -> LengthAdaptation:
@@ -123,11 +126,9 @@ def freeze_length(state: LengthAdaptation) -> LengthAdaptation:
 
 def criterion_slope(trajectories: Trajectories, mean: Tensor) -> float | None:
     r"""
-    Derivative with respect to the log length of the criterion over the root of the length.
+    Derivative of the criterion with respect to the log length.
 
-    In units of that root, with :math:`d_j = (x'_j - \mu_j)^2 - (x_j - \mu_j)^2`,
-
-    .. math:: \sum_j E\bigl[t\, d_j\, (x'_j - \mu_j)\,p'_j - \tfrac18 d_j^2\bigr].
+    .. math:: t \sum_j E\bigl[((x'_j - \mu_j)^2 - (x_j - \mu_j)^2)\,(x'_j - \mu_j)\,p'_j\bigr]
 
     :param trajectories: one per chain; the mean over them is weighted by ``accept_prob``, with
         which failed ones drop out.
@@ -138,12 +139,10 @@ def criterion_slope(trajectories: Trajectories, mean: Tensor) -> float | None:
     if not bool((weights > 0).any()):
         return None
     start, end = trajectories.start - mean, trajectories.end - mean
-    change = end.square() - start.square()
-    velocity = end * trajectories.momentum
-    slopes = (trajectories.length * change * velocity - change.square() / 8).sum(-1)
+    slopes = ((end.square() - start.square()) * end * trajectories.momentum).sum(-1)
     # what diverged need not be finite
     weighted = torch.where(weights > 0, weights * slopes, 0.0)
-    return float(weighted.sum() / weights.sum())
+    return float(weighted.sum() / weights.sum()) * trajectories.length
 
 
 def jitter_factor(jitter: float, number: int) -> float:

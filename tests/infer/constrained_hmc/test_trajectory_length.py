@@ -51,7 +51,7 @@ def criterion(trajectories: Trajectories, mean: Tensor) -> float:
 
 
 @pytest.mark.parametrize("length", [0.3, 1.2, 2.5])
-def test_the_slope_is_the_derivative_of_the_criterion_over_the_root(length: float) -> None:
+def test_the_slope_is_the_derivative_of_the_criterion(length: float) -> None:
     start, momentum, mean = torch.randn(20, 3), torch.randn(20, 3), torch.randn(3)
     weights = torch.rand(20)
     step = 1e-6
@@ -60,8 +60,7 @@ def test_the_slope_is_the_derivative_of_the_criterion_over_the_root(length: floa
 
     def at(log_length: float) -> float:
         trajectories = oscillate(start, momentum, math.exp(log_length))
-        value = criterion(trajectories._replace(accept_prob=weights), mean)
-        return value * math.exp(0.5 * (middle - log_length))
+        return criterion(trajectories._replace(accept_prob=weights), mean)
 
     difference = (at(middle + step) - at(middle - step)) / (2 * step)
     trajectories = oscillate(start, momentum, length)._replace(accept_prob=weights)
@@ -89,7 +88,7 @@ def test_without_any_trajectory_the_length_stays() -> None:
     state = length_adaptation_init(0.7, torch.randn(6, 2))
     after = length_adaptation_update(state, failed, torch.ones(2), 0.01, 10.0)
     assert after.log_length == state.log_length
-    assert after.num_updates == 0
+    assert after.log_length_average == state.log_length
 
 
 def adapt(
@@ -105,17 +104,17 @@ def adapt(
     return state
 
 
-@pytest.mark.parametrize("start", [0.1, 2.0])
+@pytest.mark.parametrize("start", [0.1, 1.0])
 @pytest.mark.parametrize(
-    ("number", "num_chains"), [(60, 100), (300, 10), (2000, 1)], ids=["many", "some", "one"]
+    ("number", "num_chains"), [(120, 100), (300, 10), (1000, 1)], ids=["many", "some", "one"]
 )
 def test_a_normal_takes_somewhat_less_than_a_quarter_turn(
     number: int, num_chains: int, start: float
 ) -> None:
-    """From above and below, with many chains or few, wherever the mean is."""
+    """With many chains or few, wherever the mean is."""
     for dim, loc in ((1, 3.0), (10, 0.0)):
         state = adapt(number, num_chains, start, dim, 0.2 + torch.rand(dim), loc)
-        assert math.exp(freeze_length(state).log_length) == pytest.approx(1.4, rel=0.2)
+        assert math.exp(freeze_length(state).log_length) == pytest.approx(1.43, rel=0.15)
 
 
 @pytest.mark.parametrize("radius", [0.2, 8.0])
