@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from .elements import Elements, Fetch
-from .moves import index_leaves, moves
+from .moves import resolve
 from .program import Operation, Program, Reference
 from .schedule import schedule
 
@@ -43,21 +44,20 @@ class BatchedProgram:
     """
 
     def __init__(self, program: Program, fewest: int = _FEWEST) -> None:
+        resolved = resolve(program)
         self._values = program.values
+        self._elements = resolved.elements
         self._space = Elements()
         self._buffers: list[Tensor | None] = []  # those that are known beforehand
-        self._elements: dict[int, Tensor] = {}  # of every tensor, by its number
+        # of every element, as moves number them, the number of its place in the buffers
+        self._places = torch.zeros(1 + _last(resolved.elements), dtype=torch.long)
         self._steps: list[_Step] = []
         for number in range(program.num_inputs):
-            self._elements[number] = self._new_buffer(None, program.values[number].shape)
+            self._put(number, self._new_buffer(None, program.values[number].shape))
         for number, value in program.constants().items():
-            self._elements[number] = self._new_buffer(value, value.shape)
-        free = moves(program)
-        is_free = {id(program.operations[i]) for i in free}
-        for operations in schedule(program, free):
-            if id(operations[0]) in is_free:
-                self._move(operations[0])
-            elif len(operations) < fewest or not self._add_group(operations):
+            self._put(number, self._new_buffer(value, value.shape))
+        for operations in schedule(program, resolved):
+            if len(operations) < fewest or not self._add_group(operations):
                 for operation in operations:
                     self._add(operation)
         self._outputs = [self._fetch(number) for number in program.outputs]
@@ -72,8 +72,9 @@ class BatchedProgram:
         buffers: list[Any] = [*inputs, *self._buffers[len(inputs) :]]
         for step in self._steps:
             leaves = [x.build(buffers) if isinstance(x, Fetch) else x for x in step.leaves]
-            results = _run_group(step, leaves) if step.in_dims else step.operation.call(leaves)
-            results = [results] if step.operation.returns_one else results
+            results = step.operation.results_of(
+                _run_group(step, leaves) if step.in_dims else step.operation.call(leaves)
+            )
             for buffer, result in zip(step.buffers, results, strict=True):
                 if buffer is not None:
                     buffers[buffer] = result
@@ -83,27 +84,14 @@ class BatchedProgram:
         self._buffers.append(value)
         return self._space.add(shape)
 
+    def _put(self, number: int, places: Tensor) -> None:
+        self._places[self._elements[number]] = places
+
     def _fetch(self, number: int) -> Fetch:
         value = self._values[number]
         if value.numel() == 0:
             return Fetch(0, tuple(value.shape), lambda buffers: value)
-        return self._space.fetch(self._elements[number])
-
-    def _move(self, operation: Operation) -> None:
-        """Move elements instead of computing."""
-        places = index_leaves(operation)
-        leaves: list[Any] = list(operation.leaves)
-        for position, leaf in enumerate(leaves):
-            if isinstance(leaf, Reference):
-                is_place = position in places
-                leaves[position] = (
-                    self._values[leaf.number].cpu() if is_place else self._elements[leaf.number]
-                )
-        results = operation.call(leaves)
-        results = [results] if operation.returns_one else results
-        for number, elements in zip(operation.results, results, strict=True):
-            if number is not None:
-                self._elements[number] = elements
+        return self._space.fetch(self._places[self._elements[number]])
 
     def _add(self, operation: Operation) -> None:
         """Plan an operation on its own."""
@@ -150,15 +138,15 @@ class BatchedProgram:
         if len(numbers) == len(column) and self._is_same(numbers):
             return self._fetch(numbers[0]), None
         other = self._values[operation.inputs()[0]]
+        if numbers and self._values[numbers[0]].numel() == 0:
+            return self._values[numbers[0]], None
+        other = self._values[operation.inputs()[0]]
         rows = [
-            self._elements[leaf.number]
+            self._places[self._elements[leaf.number]]
             if isinstance(leaf, Reference)
             else self._new_buffer(_as_tensor(leaf, other), ())
             for leaf in column
         ]
-        if rows[0].numel() == 0:
-            value = self._values[numbers[0]]
-            return value, None
         return self._space.fetch(torch.stack(rows)), 0
 
     def _is_same(self, numbers: list[int]) -> bool:
@@ -180,8 +168,12 @@ class BatchedProgram:
             for operation, row in zip(operations, rows, strict=True):
                 number = operation.results[i]
                 if number is not None:
-                    self._elements[number] = row
+                    self._put(number, row)
         return buffers
+
+
+def _last(elements: dict[int, Tensor]) -> int:
+    return max((int(e.max()) for e in elements.values() if e.numel()), default=0)
 
 
 def _as_tensor(number: float, other: Tensor) -> Tensor:
@@ -191,12 +183,11 @@ def _as_tensor(number: float, other: Tensor) -> Tensor:
 
 def _run_group(step: _Step, leaves: list[Any]) -> Any:
     """Run the operation of a group; one member after the other where ``vmap`` cannot."""
-    operation = step.operation
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # what has no rule of its own warns and is slow
-            together = vmap(lambda *x: operation.call(x), tuple(step.in_dims))(*leaves)
-        results = [together] if operation.returns_one else together
+            together = _run_together(step, leaves)
+        results = step.operation.results_of(together)
         if all(
             result is None or (batch.dtype, batch.shape[1:]) == (result.dtype, result.shape)
             for batch, result in zip(results, step.results, strict=True)
@@ -204,13 +195,23 @@ def _run_group(step: _Step, leaves: list[Any]) -> Any:
             return together
     except (RuntimeError, UserWarning, ValueError, TypeError, IndexError):
         pass
-    size = next(len(x) for x, dim in zip(leaves, step.in_dims, strict=True) if dim == 0)
-    members = [
-        operation.call(
-            [x if dim is None else x[i] for x, dim in zip(leaves, step.in_dims, strict=True)]
-        )
-        for i in range(size)
+    rows = [
+        leaf.unbind(0) if dim == 0 else repeat(leaf)
+        for leaf, dim in zip(leaves, step.in_dims, strict=True)
     ]
-    if operation.returns_one:
-        return torch.stack(members)
-    return [None if part[0] is None else torch.stack(part) for part in zip(*members, strict=True)]
+    members = zip(*rows, strict=False)
+    results = [step.operation.call(member) for member in members]
+    if step.operation.returns_one:
+        return torch.stack(results)
+    columns = zip(*map(step.operation.results_of, results), strict=True)
+    return [None if column[0] is None else torch.stack(column) for column in columns]
+
+
+def _run_together(step: _Step, leaves: list[Any]) -> Any:
+    def member(*leaves: Any) -> Any:
+        result = step.operation.call(leaves)
+        # vmap wants a tensor even of what only checks its arguments
+        return result if step.results else leaves[step.in_dims.index(0)]
+
+    together = vmap(member, tuple(step.in_dims))(*leaves)
+    return together if step.results else None

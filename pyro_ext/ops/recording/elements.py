@@ -73,13 +73,25 @@ class Elements:
         if first == last:
             return self._from_one(first, numbers)
         flat = numbers.reshape(-1)
-        owners = torch.searchsorted(torch.tensor(self._starts), flat, right=True) - 1
+        owners = self._all_owners(flat)
         changes = (owners[1:] != owners[:-1]).nonzero().flatten() + 1
         bounds = [0, *changes.tolist(), len(flat)]
         ways = [self._columns(flat, owners, bounds), self._indexed_together(flat, owners)]
         if bounds == list(range(0, len(flat) + 1, len(flat) // len(numbers))):
             ways.append(self._rows(numbers))
         return min(ways, key=lambda way: way.cost).reshape(*numbers.shape)
+
+    def owners(self, numbers: Tensor) -> set[int]:
+        """Buffers that the elements are from."""
+        if numbers.numel() == 0:
+            return set()
+        first, last = self._owner(int(numbers.min())), self._owner(int(numbers.max()))
+        if last - first <= 1:
+            return {first, last}
+        return set(self._all_owners(numbers.reshape(-1)).tolist())
+
+    def _all_owners(self, flat: Tensor) -> Tensor:
+        return torch.searchsorted(torch.tensor(self._starts), flat.contiguous(), right=True) - 1
 
     def _owner(self, number: int) -> int:
         return bisect_right(self._starts, number) - 1

@@ -37,10 +37,18 @@ _SHAPE_ONLY = {
     aten.ones_like.default,
     aten.zeros_like.default,
 }
-# what was one view at the example need not be one under another transform
-_LAYOUT_FREE = {
+# operations that do the same, and more
+_WIDER = {
+    # what was a view at the example need not be one under another transform
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
+    # a number in place of a tensor need not be the same for all that run as one
+    aten.eq.Scalar: aten.eq.Tensor,
+    aten.ge.Scalar: aten.ge.Tensor,
+    aten.gt.Scalar: aten.gt.Tensor,
+    aten.le.Scalar: aten.le.Tensor,
+    aten.lt.Scalar: aten.lt.Tensor,
+    aten.ne.Scalar: aten.ne.Tensor,
 }
 
 
@@ -74,6 +82,10 @@ class Operation(NamedTuple):
         """Run the operation on other arguments."""
         args, kwargs = tree_unflatten(list(leaves), self.structure)
         return self.target(*args, **kwargs)
+
+    def results_of(self, result: Any) -> Sequence[Any]:
+        """What a call returned, as a sequence."""
+        return (result,) if self.returns_one else result or ()
 
     def inputs(self) -> list[int]:
         """Numbers of the tensors among the arguments."""
@@ -202,8 +214,12 @@ class _Tracer(TorchDispatchMode):
             Reference(self.number(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves
         )
         returns_one = isinstance(result, Tensor)
+        if not (returns_one or result is None or isinstance(result, (tuple, list))):
+            return  # a fact about shapes
+        target = _WIDER.get(func, func)
+        operation = Operation(target, references, structure, (), returns_one)
         results: list[int | None] = []
-        for tensor in [result] if returns_one else result:
+        for tensor in operation.results_of(result):
             if not isinstance(tensor, Tensor):
                 results.append(None)
                 continue
@@ -218,10 +234,7 @@ class _Tracer(TorchDispatchMode):
                     f"The function computes with torch.no_grad() ({func}), so that its "
                     "derivative is not that of its operations. Use .detach() instead."
                 )
-        target = _LAYOUT_FREE.get(func, func)
-        self.operations.append(
-            Operation(target, references, structure, tuple(results), returns_one)
-        )
+        self.operations.append(operation._replace(results=tuple(results)))
 
     def _name(self, tensor: Tensor, number: int) -> None:
         self.values.setdefault(number, tensor)
@@ -296,14 +309,14 @@ def graph_module(program: Program, structure: TreeSpec) -> fx.GraphModule:
         name = f"constant_{number}"
         root.register_buffer(name, value)
         nodes[number] = graph.get_attr(name)
+    used = {*program.outputs, *(n for op in program.operations for n in op.inputs())}
     for operation in program.operations:
         leaves = [nodes[x.number] if isinstance(x, Reference) else x for x in operation.leaves]
         args, kwargs = tree_unflatten(leaves, operation.structure)
         node = graph.call_function(operation.target, args, kwargs)
         for i, result in enumerate(operation.results):
-            if result is not None:
+            if result is not None and result in used:
                 part = node if operation.returns_one else graph.call_function(getitem, (node, i))
                 nodes[result] = part
     graph.output(tree_unflatten([nodes[number] for number in program.outputs], structure))
-    graph.eliminate_dead_code()
     return fx.GraphModule(root, graph)

@@ -9,91 +9,83 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_unflatten
 
+from .moves import Resolved
 from .program import Operation, Program, Reference
 
-__all__ = ["numbers_as_tensors", "schedule"]
+__all__ = ["schedule"]
 
 # operations are alike if the program looks the same up to so many operations around them
 _ROUNDS = 2
 
 
-def schedule(program: Program, moves: set[int]) -> Iterator[list[Operation]]:
+def schedule(program: Program, resolved: Resolved) -> Iterator[list[Operation]]:
     """
     Order the operations, with those that are alike and do not need each other together.
 
     An operation waits until all that are alike can run, unless nothing else can go on; then those
     run on which the longest chain of operations depends.
 
-    :param Program program: the operations.
-    :param moves: positions of the operations that cost nothing; they come alone.
+    :param Program program: where the operations are from.
+    :param Resolved resolved: the operations to order.
     :returns: one or more operations at a time.
     """
-    operations = program.operations
-    producers, consumers = _edges(operations)
-    kinds = _kinds(program, moves, producers, consumers)
-    heights = _heights(operations, moves, consumers)
-    waiting = [len(inputs) for inputs in producers]
-    left = Counter(kind for i, kind in enumerate(kinds) if i not in moves)
+    operations = resolved.operations
+    needs = [frozenset().union(*each) - {-1} for each in resolved.sources]
+    consumers: list[list[int]] = [[] for _ in operations]
+    for i, producers in enumerate(needs):
+        for producer in producers:
+            consumers[producer].append(i)
+    heights = _heights(consumers)
+    kinds = _kinds(program, resolved, consumers)
+    left = Counter(kinds)
+    waiting = [len(producers) for producers in needs]
     ready: dict[int, list[int]] = defaultdict(list)
     released = [i for i, count in enumerate(waiting) if count == 0]
-    while released or ready:
-        if not released:
-            complete = [kind for kind in ready if len(ready[kind]) == left[kind]]
-            kind = max(complete or ready, key=lambda k: max(heights[i] for i in ready[k]))
-            released = sorted(ready.pop(kind))
-            left[kind] -= len(released)
-            yield [operations[i] for i in released]
-            finished = released
-        else:
-            finished = [i for i in released if i in moves]
-            for i in finished:
-                yield [operations[i]]
-            for i in released:
-                if i not in moves:
-                    ready[kinds[i]].append(i)
+    while True:
+        for i in released:
+            ready[kinds[i]].append(i)
+        if not ready:
+            return
+        complete = [kind for kind in ready if len(ready[kind]) == left[kind]]
+        kind = max(complete or ready, key=lambda kind: max(heights[i] for i in ready[kind]))
+        members = sorted(ready.pop(kind))
+        left[kind] -= len(members)
+        yield [operations[i] for i in members]
         released = []
-        for i in finished:
-            for consumer in consumers[i]:
-                waiting[consumer] -= 1
-                if waiting[consumer] == 0:
-                    released.append(consumer)
+        for consumer in (consumer for i in members for consumer in consumers[i]):
+            waiting[consumer] -= 1
+            if waiting[consumer] == 0:
+                released.append(consumer)
 
 
-def _edges(operations: list[Operation]) -> tuple[list[set[int]], list[set[int]]]:
-    """Which operations each one takes its arguments from, and gives its results to."""
-    makers = {n: i for i, op in enumerate(operations) for n in op.results if n is not None}
-    producers = [{makers[n] for n in op.inputs() if n in makers} for op in operations]
-    consumers: list[set[int]] = [set() for _ in operations]
-    for i, inputs in enumerate(producers):
-        for producer in inputs:
-            consumers[producer].add(i)
-    return producers, consumers
-
-
-def _heights(operations: list[Operation], moves: set[int], consumers: list[set[int]]) -> list[int]:
-    """Length of the longest chain of computations that begins with each operation."""
-    heights = [0] * len(operations)
-    for i in reversed(range(len(operations))):
-        after = max((heights[consumer] for consumer in consumers[i]), default=0)
-        heights[i] = after + (i not in moves)
+def _heights(consumers: list[list[int]]) -> list[int]:
+    """Length of the longest chain of operations that begins with each one."""
+    heights = [1] * len(consumers)
+    for i in reversed(range(len(consumers))):
+        heights[i] += max((heights[consumer] for consumer in consumers[i]), default=0)
     return heights
 
 
-def _kinds(
-    program: Program, moves: set[int], producers: list[set[int]], consumers: list[set[int]]
-) -> list[int]:
-    """Numbers that are equal for operations that are alike (Weisfeiler-Lehman refinement)."""
-    makers = {n: i for i, op in enumerate(program.operations) for n in op.results if n is not None}
-    kinds = _numbered(
-        [_signature(op, program, i in moves) for i, op in enumerate(program.operations)]
-    )
+def _kinds(program: Program, resolved: Resolved, consumers: list[list[int]]) -> list[int]:
+    """
+    Numbers that are equal for operations that are alike.
+
+    Operations are told apart by what they are, then by those that they take from and give to, and
+    so on (the refinement of Weisfeiler and Leman), and last by their settings.
+    """
+    operations = resolved.operations
+    kinds = _numbered([(op.target, *_tensor_arguments(op, program)) for op in operations])
     for _ in range(_ROUNDS):
-        refined: list[Hashable] = []
-        for i, operation in enumerate(program.operations):
-            before = tuple(kinds[makers[n]] if n in makers else -1 for n in operation.inputs())
-            refined.append((kinds[i], before, frozenset(kinds[c] for c in consumers[i])))
-        kinds = _numbered(refined)
-    return kinds
+        labels: list[Hashable] = []
+        for i, kind in enumerate(kinds):
+            sources = [
+                frozenset(kinds[s] if s >= 0 else s for s in each) for each in resolved.sources[i]
+            ]
+            # a Python number in place of a tensor counts as a constant
+            sources = [each for each in sources if each != {-1}]
+            labels.append((kind, *sources, frozenset(kinds[c] for c in consumers[i])))
+        kinds = _numbered(labels)
+    return _numbered([(kind, *_settings(op)) for kind, op in zip(kinds, operations, strict=True)])
 
 
 def _numbered(labels: list[Hashable]) -> list[int]:
@@ -101,24 +93,31 @@ def _numbered(labels: list[Hashable]) -> list[int]:
     return [numbers.setdefault(label, len(numbers)) for label in labels]
 
 
-def _signature(operation: Operation, program: Program, is_move: bool) -> Hashable:
-    """What operations must share to run as one; of a move, the shape of its results."""
-    if is_move:
-        return tuple(program.values[n].shape for n in operation.results if n is not None)
-    as_tensors = numbers_as_tensors(operation)
-    leaves: list[Hashable] = []
+def _tensor_arguments(operation: Operation, program: Program) -> list[Hashable]:
+    """Shapes and dtypes of the tensor arguments; a Python number in their place counts as one."""
+    as_tensors = _numbers_as_tensors(operation)
+    arguments: list[Hashable] = []
     for position, leaf in enumerate(operation.leaves):
         if isinstance(leaf, Reference):
             value = program.values[leaf.number]
-            leaves.append((value.shape, value.dtype, value.device))
+            arguments.append((value.shape, value.dtype, value.device))
         elif position in as_tensors:
-            leaves.append((torch.Size(), ...))
-        else:
-            leaves.append(repr(leaf))
-    return (operation.target, str(operation.structure), *leaves)
+            other = program.values[operation.inputs()[0]]
+            dtype = torch.result_type(other, leaf)
+            arguments.append((torch.Size(), dtype, other.device))
+    return arguments
 
 
-def numbers_as_tensors(operation: Operation) -> set[int]:
+def _settings(operation: Operation) -> Iterator[Hashable]:
+    """What operations that are alike must share to run as one."""
+    as_tensors = _numbers_as_tensors(operation)
+    yield str(operation.structure)
+    for position, leaf in enumerate(operation.leaves):
+        is_tensor = isinstance(leaf, Reference) or position in as_tensors
+        yield None if is_tensor else repr(leaf)
+
+
+def _numbers_as_tensors(operation: Operation) -> set[int]:
     """Positions of Python numbers that stand where the operation takes a tensor."""
     args: Any = tree_unflatten(list(range(len(operation.leaves))), operation.structure)[0]
     return {
