@@ -8,8 +8,11 @@ from .diagnostics import to_arviz as to_arviz
 from .distributions import NeuralSplineFlow as NeuralSplineFlow
 from .infer import MCMC as MCMC
 from .infer import AutoSplineFlow as AutoSplineFlow
+from .infer import ConditionalPriorGuide as ConditionalPriorGuide
 from .infer import ConstrainedHMC as ConstrainedHMC
 from .infer import ConstrainedNUTS as ConstrainedNUTS
+from .poutine import condition_on as condition_on
+from .poutine import frozen as frozen
 from .poutine import lift_observations as lift_observations
 from .training import fit_density as fit_density
 
@@ -18,12 +21,15 @@ __version__ = "0.1.0"
 __all__ = [
     "MCMC",
     "AutoSplineFlow",
+    "ConditionalPriorGuide",
     "ConstrainedHMC",
     "ConstrainedNUTS",
     "NeuralSplineFlow",
     "__version__",
+    "condition_on",
     "deterministic_values",
     "fit_density",
+    "frozen",
     "lift_observations",
     "to_arviz",
 ]

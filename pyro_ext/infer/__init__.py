@@ -1,8 +1,9 @@
 """Inference engines and guides for Pyro models."""
 
 from .auto_spline_flow import AutoSplineFlow as AutoSplineFlow
+from .conditional_prior import ConditionalPriorGuide as ConditionalPriorGuide
 from .constrained_hmc import ConstrainedHMC as ConstrainedHMC
 from .constrained_hmc import ConstrainedNUTS as ConstrainedNUTS
 from .mcmc import MCMC as MCMC
 
-__all__ = ["MCMC", "AutoSplineFlow", "ConstrainedHMC", "ConstrainedNUTS"]
+__all__ = ["MCMC", "AutoSplineFlow", "ConditionalPriorGuide", "ConstrainedHMC", "ConstrainedNUTS"]

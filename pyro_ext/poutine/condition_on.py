@@ -34,6 +34,8 @@ class Evidence(NamedTuple):
     """Which of them are observed, a suffix of the batch shape of ``units``."""
     event_dims: int
     """How many dimensions of that batch are events at the site."""
+    given: Tensor | None
+    """The value that was given, with whatever it has where nothing was observed."""
 
 
 def condition_on(
@@ -149,7 +151,8 @@ class ConditionOnMessenger(Messenger):
         msg["value"] = _complete(name, fn, given, mask, units.event_dim)
         msg["is_observed"] = True
         msg["fn"] = units.mask(mask).to_event(event_dims)
-        msg["infer"] = {**(msg["infer"] or {}), "evidence": Evidence(units, mask, event_dims)}
+        evidence = Evidence(units, mask, event_dims, given)
+        msg["infer"] = {**(msg["infer"] or {}), "evidence": evidence}
 
 
 class FillFreeElements(Messenger):
