@@ -35,18 +35,17 @@ from torch import Tensor
 __all__ = [
     "LengthAdaptation",
     "Trajectories",
-    "criterion_slope",
     "freeze_length",
     "jitter_factor",
     "length_adaptation_init",
     "length_adaptation_update",
     "plan_trajectory",
+    "relative_slope",
 ]
 
 # Steps in the log length are at most 0.25 / sqrt(n), so that warm-ups of a few dozen draws, which
 # suffice for many chains, can change it by a factor of ten; the paper's constant 0.025 could not.
 _RATE = 0.25
-_FORGETTING = 0.05  # of squared gradients, per draw (as in the paper)
 _AVERAGING_POWER = 0.75  # as in dual averaging of the step size
 _MEAN_POWER = 3  # the mean forgets where the chains came from with this power of their draws
 _FEWEST_DRAWS = 10  # for a mean that says what is a change
@@ -58,7 +57,6 @@ class LengthAdaptation(NamedTuple):
     log_length: float
     log_length_average: float
     mean: Tensor  # (dim,) of the inputs, over chains and draws
-    squared_slope: float  # of recent draws
     num_updates: int
 
 
@@ -79,7 +77,7 @@ def length_adaptation_init(length: float, inputs: Tensor) -> LengthAdaptation:
     :param float length: where to start.
     :param Tensor inputs: of all chains, ``(chains, dim)``.
     """
-    return LengthAdaptation(math.log(length), math.log(length), inputs.mean(0), 0.0, 0)
+    return LengthAdaptation(math.log(length), math.log(length), inputs.mean(0), 0)
 
 
 def length_adaptation_update(
@@ -90,10 +88,14 @@ def length_adaptation_update(
     longest: float,
 ) -> LengthAdaptation:
     r"""
-    Climb the criterion by one step of Adam without momentum (Kingma and Ba 2015), as in the paper.
+    Climb the log of the criterion by one step.
 
-    The mean is one over chains and draws, older draws fading away, so that few chains are enough;
-    with one, the gradient is only noisier.
+    Its slope has no unit, so that steps need no scaling by earlier slopes, as Adam's in the paper
+    do: those of the way to the posterior, far longer than the posterior is wide, would be larger
+    by many orders of magnitude. Bounded as it is, one trajectory of a single chain decides only
+    the direction.
+
+    The mean is one over chains and draws, older draws fading away, so that few chains are enough.
 
     :param state: current state.
     :param trajectories: those of the latest draw.
@@ -104,19 +106,14 @@ def length_adaptation_update(
     count = state.num_updates + 1
     shift = (trajectories.start * scale).mean(0) - state.mean
     mean = state.mean + shift * _MEAN_POWER / (count - 1 + _MEAN_POWER)
-    state = state._replace(mean=mean, num_updates=count)
-    slope = criterion_slope(trajectories, mean / scale)
+    slope = relative_slope(trajectories, mean / scale)
     if slope is None or count * len(trajectories.start) < _FEWEST_DRAWS:
-        return state
-    squared = (1 - _FORGETTING) * state.squared_slope + _FORGETTING * slope**2
-    typical = math.sqrt(squared / (1 - (1 - _FORGETTING) ** count))
-    # one outlier among the first gradients of a single chain must not carry it past a maximum
-    direction = min(max(slope / typical, -1.0), 1.0) if typical > 0 else 0.0
-    log_length = state.log_length + _RATE / math.sqrt(count) * direction
+        slope = 0.0
+    log_length = state.log_length + _RATE / math.sqrt(count) * min(max(slope, -1.0), 1.0)
     log_length = min(max(log_length, math.log(shortest)), math.log(longest))
     weight = count**-_AVERAGING_POWER
     average = weight * log_length + (1 - weight) * state.log_length_average
-    return LengthAdaptation(log_length, average, mean, squared, count)
+    return LengthAdaptation(log_length, average, mean, count)
 
 
 def freeze_length(state: LengthAdaptation) -> LengthAdaptation:
@@ -124,25 +121,27 @@ def freeze_length(state: LengthAdaptation) -> LengthAdaptation:
     return state._replace(log_length=state.log_length_average)
 
 
-def criterion_slope(trajectories: Trajectories, mean: Tensor) -> float | None:
+def relative_slope(trajectories: Trajectories, mean: Tensor) -> float | None:
     r"""
-    Derivative of the criterion with respect to the log length.
+    Derivative of the log of the criterion with respect to the log length.
 
-    .. math:: t \sum_j E\bigl[((x'_j - \mu_j)^2 - (x_j - \mu_j)^2)\,(x'_j - \mu_j)\,p'_j\bigr]
+    With :math:`d_j = (x'_j - \mu_j)^2 - (x_j - \mu_j)^2`,
 
-    :param trajectories: one per chain; the mean over them is weighted by ``accept_prob``, with
+    .. math:: 4t\, \sum_j E\bigl[d_j\, (x'_j - \mu_j)\,p'_j\bigr] \Big/ \sum_j E\bigl[d_j^2\bigr].
+
+    :param trajectories: one per chain; means over them are weighted by ``accept_prob``, with
         which failed ones drop out.
     :param Tensor mean: in scaled coordinates, ``(dim,)``.
-    :returns: ``None`` if no trajectory can be accepted.
+    :returns: ``None`` if no trajectory can be accepted, or none has moved.
     """
-    weights = trajectories.accept_prob
-    if not bool((weights > 0).any()):
-        return None
     start, end = trajectories.start - mean, trajectories.end - mean
-    slopes = ((end.square() - start.square()) * end * trajectories.momentum).sum(-1)
+    change = end.square() - start.square()
+    slopes = 4 * trajectories.length * (change * end * trajectories.momentum).sum(-1)
+    weights = trajectories.accept_prob
     # what diverged need not be finite
-    weighted = torch.where(weights > 0, weights * slopes, 0.0)
-    return float(weighted.sum() / weights.sum()) * trajectories.length
+    slope = float(torch.where(weights > 0, weights * slopes, 0.0).sum())
+    size = float(torch.where(weights > 0, weights * change.square().sum(-1), 0.0).sum())
+    return slope / size if size > 0 else None
 
 
 def jitter_factor(jitter: float, number: int) -> float:

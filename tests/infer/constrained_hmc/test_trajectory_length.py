@@ -11,12 +11,12 @@ from torch import Tensor
 from pyro_ext.infer.constrained_hmc.trajectory_length import (
     LengthAdaptation,
     Trajectories,
-    criterion_slope,
     freeze_length,
     jitter_factor,
     length_adaptation_init,
     length_adaptation_update,
     plan_trajectory,
+    relative_slope,
 )
 
 
@@ -51,7 +51,7 @@ def criterion(trajectories: Trajectories, mean: Tensor) -> float:
 
 
 @pytest.mark.parametrize("length", [0.3, 1.2, 2.5])
-def test_the_slope_is_the_derivative_of_the_criterion(length: float) -> None:
+def test_the_slope_is_the_derivative_of_the_log_criterion(length: float) -> None:
     start, momentum, mean = torch.randn(20, 3), torch.randn(20, 3), torch.randn(3)
     weights = torch.rand(20)
     step = 1e-6
@@ -60,11 +60,11 @@ def test_the_slope_is_the_derivative_of_the_criterion(length: float) -> None:
 
     def at(log_length: float) -> float:
         trajectories = oscillate(start, momentum, math.exp(log_length))
-        return criterion(trajectories._replace(accept_prob=weights), mean)
+        return math.log(criterion(trajectories._replace(accept_prob=weights), mean))
 
     difference = (at(middle + step) - at(middle - step)) / (2 * step)
     trajectories = oscillate(start, momentum, length)._replace(accept_prob=weights)
-    slope = criterion_slope(trajectories, mean)
+    slope = relative_slope(trajectories, mean)
     assert slope == pytest.approx(difference, rel=1e-6)
     assert abs(difference) > 1e-3
 
@@ -76,8 +76,8 @@ def test_failed_trajectories_do_not_count() -> None:
         end=torch.cat([trajectories.end[:4], torch.full((2, 2), torch.nan)]),
         accept_prob=torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0]),
     )
-    slope = criterion_slope(bad, torch.zeros(2))
-    assert slope == criterion_slope(good, torch.zeros(2))
+    slope = relative_slope(bad, torch.zeros(2))
+    assert slope == relative_slope(good, torch.zeros(2))
     assert slope is not None
     assert math.isfinite(slope)
 
