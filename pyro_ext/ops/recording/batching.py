@@ -15,7 +15,7 @@ from torch.func import vmap
 from .elements import Elements, Fetch
 from .moves import resolve
 from .program import Operation, Program, Reference
-from .schedule import schedule
+from .schedule import TENSOR_FORMS, schedule
 
 __all__ = ["BatchedProgram"]
 
@@ -109,8 +109,11 @@ class BatchedProgram:
         sizes = [result.numel() for result in results if result is not None]
         leaves: list[Any] = []
         in_dims: list[int | None] = []
+        target = operations[0].target
         for column in zip(*(operation.leaves for operation in operations), strict=True):
             leaf, in_dim = self._joint_leaf(operations[0], column)
+            if in_dim == 0 and not isinstance(column[0], Reference):
+                target = TENSOR_FORMS.get(target, target)
             leaves.append(leaf)
             in_dims.append(in_dim)
             if in_dim == 0:
@@ -124,7 +127,8 @@ class BatchedProgram:
                 return False
         shapes = [None if r is None else (len(operations), *r.shape) for r in results]
         buffers = self._define(operations, shapes)
-        self._steps.append(_Step(operations[0], leaves, in_dims, buffers, results))
+        operation = operations[0]._replace(target=target)
+        self._steps.append(_Step(operation, leaves, in_dims, buffers, results))
         return True
 
     def _results(self, operation: Operation) -> list[Tensor | None]:
@@ -137,7 +141,6 @@ class BatchedProgram:
             return column[0], None
         if len(numbers) == len(column) and self._is_same(numbers):
             return self._fetch(numbers[0]), None
-        other = self._values[operation.inputs()[0]]
         if numbers and self._values[numbers[0]].numel() == 0:
             return self._values[numbers[0]], None
         other = self._values[operation.inputs()[0]]

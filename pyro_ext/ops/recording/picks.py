@@ -29,15 +29,15 @@ def joint_picks(program: Program) -> Program:
         if operation.target in (aten.select.int, aten.slice.Tensor):
             source, dim = operation.leaves[:2]
             picks[operation.target, source.number, dim].append(operation)
-    joint: dict[int | None, Operation] = {}  # by the result of each pick
+    joint: dict[tuple[int | None, ...], Operation] = {}  # by the result of each pick
     for (_, source, dim), operations in picks.items():
         together = _together(operations, source, dim, program.values[source].shape[dim])
         if together is not None:
-            joint.update({operation.results[0]: together for operation in operations})
+            joint.update({operation.results: together for operation in operations})
     seen: set[int] = set()
     replaced = []
     for operation in program.operations:
-        operation = joint.get(operation.results[0], operation)
+        operation = joint.get(operation.results, operation)
         if id(operation) not in seen:
             replaced.append(operation)
         seen.add(id(operation))

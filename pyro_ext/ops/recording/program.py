@@ -29,26 +29,25 @@ _IDENTITIES = {
 # read the shape of a tensor only
 _SHAPE_ONLY = {
     aten.empty_like.default,
+    aten.fill.Scalar,
     aten.full_like.default,
     aten.new_empty.default,
     aten.new_full.default,
     aten.new_ones.default,
     aten.new_zeros.default,
     aten.ones_like.default,
+    aten.zero.default,
     aten.zeros_like.default,
 }
-# operations that do the same, and more
-_WIDER = {
-    # what was a view at the example need not be one under another transform
+# what writing in place becomes has no derivative of its own; in terms of what has one
+_WRITES: dict[Any, Callable[..., Tensor]] = {
+    aten.copy.default: lambda target, source, *_: source.to(target).expand(target.shape),
+    aten.fill.Tensor: lambda target, source: source.to(target).expand(target.shape),
+}
+# what was a view at the example need not be one under another transform
+_LAYOUT_FREE = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
-    # a number in place of a tensor need not be the same for all that run as one
-    aten.eq.Scalar: aten.eq.Tensor,
-    aten.ge.Scalar: aten.ge.Tensor,
-    aten.gt.Scalar: aten.gt.Tensor,
-    aten.le.Scalar: aten.le.Tensor,
-    aten.lt.Scalar: aten.lt.Tensor,
-    aten.ne.Scalar: aten.ne.Tensor,
 }
 
 
@@ -174,6 +173,9 @@ class _Tracer(TorchDispatchMode):
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         if not is_random and not self._depends(func, leaves):
             return func(*args, **kwargs)
+        if func in _WRITES:
+            with self:
+                return _WRITES[func](*args, **kwargs)
         if torch.Tag.data_dependent_output in func.tags:
             self._refuse(
                 f"The function turns a tensor that depends on its input into a number ({func}), "
@@ -216,7 +218,7 @@ class _Tracer(TorchDispatchMode):
         returns_one = isinstance(result, Tensor)
         if not (returns_one or result is None or isinstance(result, (tuple, list))):
             return  # a fact about shapes
-        target = _WIDER.get(func, func)
+        target = _LAYOUT_FREE.get(func, func)
         operation = Operation(target, references, structure, (), returns_one)
         results: list[int | None] = []
         for tensor in operation.results_of(result):
@@ -262,15 +264,20 @@ class _NoConversion(TorchFunctionMode):
 
 def _needed(program: Program) -> Program:
     """Leave out the operations that no output needs."""
-    needed: set[int | None] = {*program.outputs}
-    operations = []
-    for operation in reversed(program.operations):
+    needed = {*program.outputs, *range(program.num_inputs)}
+    kept: set[int] = set()
+    for i, operation in reversed([*enumerate(program.operations)]):
         if needed.intersection(operation.results):
             needed.update(operation.inputs())
-            operations.append(operation)
-    needed.update(range(program.num_inputs), *(operation.results for operation in operations))
-    values = {n: value for n, value in program.values.items() if n in needed}
-    return program._replace(operations=operations[::-1], values=values)
+            needed.update(number for number in operation.results if number is not None)
+            kept.add(i)
+    # what only checks its arguments is needed where these are computed anyway
+    for i, operation in enumerate(program.operations):
+        if not operation.results and needed.issuperset(operation.inputs()):
+            kept.add(i)
+    values = {number: value for number, value in program.values.items() if number in needed}
+    operations = [program.operations[i] for i in sorted(kept)]
+    return program._replace(operations=operations, values=values)
 
 
 def _without_repetitions(program: Program) -> Program:
@@ -307,7 +314,7 @@ def graph_module(program: Program, structure: TreeSpec) -> fx.GraphModule:
     nodes: dict[int, Any] = {i: graph.placeholder(f"input_{i}") for i in range(program.num_inputs)}
     for number, value in program.constants().items():
         name = f"constant_{number}"
-        root.register_buffer(name, value)
+        root.register_buffer(name, value.detach())
         nodes[number] = graph.get_attr(name)
     used = {*program.outputs, *(n for op in program.operations for n in op.inputs())}
     for operation in program.operations:

@@ -12,7 +12,26 @@ from torch.utils._pytree import tree_unflatten
 from .moves import Resolved
 from .program import Operation, Program, Reference
 
-__all__ = ["schedule"]
+__all__ = ["TENSOR_FORMS", "schedule"]
+
+aten = torch.ops.aten
+
+# operations on a number with the same on a tensor, so that numbers may differ in a group
+TENSOR_FORMS = {
+    aten.add.Scalar: aten.add.Tensor,
+    aten.div.Scalar: aten.div.Tensor,
+    aten.eq.Scalar: aten.eq.Tensor,
+    aten.fmod.Scalar: aten.fmod.Tensor,
+    aten.ge.Scalar: aten.ge.Tensor,
+    aten.gt.Scalar: aten.gt.Tensor,
+    aten.le.Scalar: aten.le.Tensor,
+    aten.lt.Scalar: aten.lt.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+    aten.ne.Scalar: aten.ne.Tensor,
+    aten.remainder.Scalar: aten.remainder.Tensor,
+    aten.rsub.Scalar: aten.rsub.Tensor,
+    aten.sub.Scalar: aten.sub.Tensor,
+}
 
 # operations are alike if the program looks the same up to so many operations around them
 _ROUNDS = 2
@@ -120,9 +139,10 @@ def _settings(operation: Operation) -> Iterator[Hashable]:
 def _numbers_as_tensors(operation: Operation) -> set[int]:
     """Positions of Python numbers that stand where the operation takes a tensor."""
     args: Any = tree_unflatten(list(range(len(operation.leaves))), operation.structure)[0]
+    target = TENSOR_FORMS.get(operation.target, operation.target)
     return {
         arg
-        for arg, parameter in zip(args, operation.target._schema.arguments, strict=False)
+        for arg, parameter in zip(args, target._schema.arguments, strict=False)
         if isinstance(arg, int)
         and type(operation.leaves[arg]) in (int, float)
         and isinstance(parameter.type, torch.TensorType)

@@ -56,9 +56,8 @@ def check(elements: Elements, numbers: Tensor, buffers: list[Tensor]) -> int:
 def test_moves_of_one_buffer(shape: tuple[int, ...], move: Move) -> None:
     elements, numbers, buffers = buffers_of([(2, 2), shape, (3,)])
     wanted = move(numbers[1])
-    if wanted.numel() == 0:
-        pytest.skip("there is no such element")
-    check(elements, wanted, buffers)
+    if wanted.numel():
+        check(elements, wanted, buffers)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
