@@ -15,7 +15,7 @@ from torch.distributions import Transform
 
 from ..distributions.flow import BijectionTransform, FlowDistribution
 from ..distributions.spline_flow import NeuralSplineFlow
-from ..distributions.transforms import Standardize
+from ..distributions.transforms import Composite, ShiftAndScale
 
 __all__ = ["AutoSplineFlow"]
 
@@ -88,11 +88,12 @@ class AutoSplineFlow(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         loc = self._init_loc()
         flow = NeuralSplineFlow(self.latent_dim, **self._options)
-        next_to_latents = flow.bijection.bijections[0]
-        if isinstance(next_to_latents, Standardize):
-            with torch.no_grad():
-                next_to_latents.loc.copy_(loc)
-                next_to_latents.scale.fill_(self._init_scale)
+        # Trained like the rest: the scale of a posterior is what is known least at the start.
+        scale = torch.full_like(loc, self._init_scale)
+        layers = list(flow.bijection.bijections)[1:]
+        flow.bijection = Composite(
+            [ShiftAndScale(loc, scale), *layers], compile=self._options.get("compile", False)
+        )
         self.flow = flow.to(dtype=loc.dtype, device=loc.device)
 
     def get_base_dist(self) -> TorchDistribution:

@@ -110,12 +110,12 @@ def test_banana_is_learned_where_a_normal_fails() -> None:
         _banana, transforms=3, hidden_features=16, residual_blocks=1, init_scale=1.0
     )
     normal = AutoMultivariateNormal(_banana)
-    _train(guide, _banana, steps=600)
+    _train(guide, _banana, steps=1000)
     _train(normal, _banana, steps=300, lr=0.03)
     log_weights, draws = _log_weights(guide, _banana)
     # The model has no data: its log evidence is 0, and an ELBO is minus a divergence.
     elbo, elbo_of_normal = log_weights.mean(), _log_weights(normal, _banana)[0].mean()
-    assert elbo > -0.15
+    assert elbo > -0.05
     assert elbo_of_normal < elbo - 0.3
     weights = log_weights.softmax(0)
     assert float(1 / weights.square().sum()) > 0.5 * len(weights)
@@ -127,10 +127,11 @@ def test_banana_is_learned_where_a_normal_fails() -> None:
     for axis, name in enumerate(["x", "y"]):
         value = draws[name].reshape(-1)
         mean, sd = exact.mean(lambda *z, a=axis: z[a]), exact.sd(lambda *z, a=axis: z[a])
-        assert abs(float(value.mean()) - mean) < 0.25 * sd
-        assert float(value.std()) == pytest.approx(sd, rel=0.25)
+        # the divergence that is minimised forgives what is missing of the long tail of y
+        assert abs(float(value.mean()) - mean) < 0.1 * sd
+        assert float(value.std()) == pytest.approx(sd, rel=0.2)
         # ... and without the error of the approximation, by its weights
-        assert abs(float((weights * value).sum()) - mean) < 0.1 * sd
+        assert abs(float((weights * value).sum()) - mean) < 0.05 * sd
 
 
 def test_log_evidence_of_a_gaussian_is_reached() -> None:

@@ -23,6 +23,7 @@ from .permutation import Permutation as Permutation
 from .permutation import random_cycle as random_cycle
 from .quadratic import QuadraticSpline as QuadraticSpline
 from .rational_quadratic import RationalQuadraticSpline as RationalQuadraticSpline
+from .standardize import ShiftAndScale as ShiftAndScale
 from .standardize import Standardize as Standardize
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "PixelRange",
     "QuadraticSpline",
     "RationalQuadraticSpline",
+    "ShiftAndScale",
     "Squeeze",
     "Standardize",
     "random_cycle",

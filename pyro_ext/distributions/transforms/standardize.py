@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bijection import Bijection
 
-__all__ = ["Standardize"]
+__all__ = ["ShiftAndScale", "Standardize"]
 
 
 class Standardize(Bijection):
@@ -61,3 +61,29 @@ class Standardize(Bijection):
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Bijection.to_data`."""
         return z * self.scale + self.loc, self.scale.log().sum().expand(z.shape[:-1])
+
+
+class ShiftAndScale(Bijection):
+    r"""
+    :math:`z = (x - m) / s`, with :math:`m` and :math:`\log s` that are trained.
+
+    :param Tensor loc: m at the start, shape ``(features,)``.
+    :param Tensor scale: s at the start, shape ``(features,)``, positive.
+
+    >>> ShiftAndScale(torch.zeros(2), torch.ones(2)).to_noise(torch.tensor([3.0, 30.0]))[0]
+    tensor([ 3., 30.], grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(loc.clone())
+        self.log_scale = nn.Parameter(scale.log())
+
+    def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Bijection.to_noise`."""
+        z = (x - self.loc) * (-self.log_scale).exp()
+        return z, -self.log_scale.sum().expand(x.shape[:-1])
+
+    def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Bijection.to_data`."""
+        return z * self.log_scale.exp() + self.loc, self.log_scale.sum().expand(z.shape[:-1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_ext.distributions.transforms import Standardize
+from pyro_ext.distributions.transforms import ShiftAndScale, Standardize
 
 
 def _layer(features: int = 3) -> Standardize:
@@ -69,3 +69,16 @@ def test_data_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_bad_scales_are_refused(loc: float, scale: float) -> None:
     with pytest.raises(ValueError, match="has to be positive"):
         Standardize(torch.full((2,), loc), torch.full((2,), scale))
+
+
+def test_trained_shift_and_scale() -> None:
+    layer = ShiftAndScale(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1e-12]))
+    x = torch.randn(5, 2)
+    z, log_det = layer.to_noise(x)
+    torch.testing.assert_close(z, (x - layer.loc) / torch.tensor([0.5, 1e-12]))
+    jacobian = torch.autograd.functional.jacobian(lambda row: layer.to_noise(row)[0], x[0])
+    torch.testing.assert_close(log_det[0], jacobian.logdet())
+    back, log_det_back = layer.to_data(z)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(log_det_back, -log_det)
+    assert [name for name, _ in layer.named_parameters()] == ["loc", "log_scale"]
