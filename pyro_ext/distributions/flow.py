@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .transforms.bijection import Bijection, Composite, Inverse
 
-__all__ = ["BijectionTransform", "FlowDistribution"]
+__all__ = ["BijectionTransform", "FlowDistribution", "check_precision"]
 
 _ROWS_AT_ONCE = 4096
 
@@ -99,10 +99,12 @@ class FlowDistribution(TorchDistribution):
         :param Tensor value: shape broadcastable to ``batch_shape + event_shape``.
         :returns: shape ``sample_shape + batch_shape``.
         :raises ValueError: if validation is on and the value is not in the support.
+        :raises TypeError: if the value is of higher precision than the parameters.
         """
         # torch cannot check the support of nothing, and its check cannot be compiled
         if self._validate_args and value.numel() and not torch.compiler.is_compiling():
             self._validate_sample(value)
+        check_precision("value", value, self.bijection)
         batch_shape = torch.broadcast_shapes(
             value.shape[: value.dim() - len(self.event_shape)], self.batch_shape
         )
@@ -174,6 +176,23 @@ class FlowDistribution(TorchDistribution):
         parts = [function(*part) for part in zip(values_in_parts, contexts, strict=True)]
         values, log_dets = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(log_dets)
+
+
+def check_precision(name: str, x: Tensor, module: nn.Module) -> None:
+    """
+    Check that a module can take a tensor without losing digits of it.
+
+    :param str name: what the tensor is, for the message.
+    :param Tensor x: the tensor.
+    :param nn.Module module: the module.
+    :raises TypeError: if the tensor is of higher precision than the parameters.
+    """
+    parameter = next(module.parameters(), None)
+    if parameter is not None and torch.promote_types(x.dtype, parameter.dtype) != parameter.dtype:
+        raise TypeError(
+            f"The {name} is of {x.dtype} and the flow's parameters are of {parameter.dtype}: "
+            f"convert one of them, by {name}.to({parameter.dtype}) or flow.to({x.dtype})."
+        )
 
 
 def _normalizes_batches(bijection: Bijection) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..nn import ResidualNetwork, ResMADE
-from .flow import FlowDistribution
+from .flow import FlowDistribution, check_precision
 from .transforms import (
     Additive,
     Affine,
@@ -154,6 +154,7 @@ class NeuralSplineFlow(nn.Module):
         :param Tensor context: shape ``batch_shape + (context_features,)``.
         :returns: a distribution over vectors of shape ``(features,)``.
         :raises ValueError: if the context is missing, not expected or of the wrong size.
+        :raises TypeError: if the context is of higher precision than the parameters.
         """
         self._check_context(context)
         return FlowDistribution(
@@ -213,6 +214,8 @@ class NeuralSplineFlow(nn.Module):
                 f"The context has shape {tuple(context.shape)}; its last dimension has to be "
                 f"context_features={self.context_features}."
             )
+        if context is not None:
+            check_precision("context", context, self.bijection)
 
 
 def _elementwise_map(

@@ -618,6 +618,16 @@ def test_native_code_does_the_same() -> None:
 # -- bad input ---------------------------------------------------------------------------------
 
 
+def test_more_digits_than_the_parameters_have_are_refused() -> None:
+    flow = _flow(3, 2).float()
+    context = torch.randn(2, dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"context is of torch.float64.*flow.to\(torch.float64\)"):
+        flow(context.double())
+    with pytest.raises(TypeError, match=r"value is of torch.float64.*value.to\(torch.float32\)"):
+        flow(context).log_prob(torch.randn(4, 3))
+    assert flow(context).log_prob(torch.ones(4, 3, dtype=torch.long)).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
