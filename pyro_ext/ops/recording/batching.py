@@ -54,8 +54,11 @@ class BatchedProgram:
         self._steps: list[_Step] = []
         for number in range(program.num_inputs):
             self._put(number, self._new_buffer(None, program.values[number].shape))
+        device = program.values[0].device
         for number, value in program.constants().items():
-            self._put(number, self._new_buffer(value, value.shape))
+            # numbers may stay on the CPU when other tensors do not, but not once they are stacked
+            place = value.to(device) if value.dim() == 0 else value
+            self._put(number, self._new_buffer(place, value.shape))
         for operations in schedule(program, resolved):
             if len(operations) < fewest or not self._add_group(operations):
                 for operation in operations:
