@@ -2,41 +2,83 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
-from torch.func import vmap
+from torch.func import jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ...errors import VectorizationWarning
+from ...ops.recording import RecordingError, record
+from .cost import is_cheap_dense
+from .defects import find_defect
+from .detection import choose_dense, choose_structure, possible_modes, recorded_system
+from .guard import GuardedSystem
 from .model import ConstrainedModel
 from .projection import Tolerances
-from .system import ConstrainedSystem
+from .sparsity import Pattern, find_pattern, merge_patterns
+from .structure import DenseStructure
+from .system import ConstrainedSystem, ScalarFunction
 
-__all__ = ["build_system", "can_try_forward", "default_tolerances"]
+__all__ = [
+    "STRUCTURES",
+    "Assembly",
+    "Preferences",
+    "assemble",
+    "build_system",
+    "can_differentiate_forwards",
+    "default_tolerances",
+    "guarded_system",
+    "settle",
+]
 
-# Forward mode takes a product per input, reverse mode one per constraint. Beyond this many inputs
-# per constraint forward mode cannot win, and trying it could exhaust memory.
-_MOST_INPUTS_PER_CONSTRAINT = 4
-_ELEMENTS_PER_CALL = 10_000  # elements computed in the time that calling an operation takes
+STRUCTURES = ("auto", "dense", "elementwise", "autoregressive")
+_PRIOR_DRAWS = 4
+_STARTS = 2  # starting points at which a pattern is read again
+_NEARBY = 0.1  # standard deviations from a starting point
+
+
+class Assembly(NamedTuple):
+    """A system, and why its Jacobians are computed as they are."""
+
+    system: ConstrainedSystem
+    report: str
+    pattern: Pattern | None  # of the Jacobian, where it was looked for
+
+
+class Preferences(NamedTuple):
+    """What the user wants to be used."""
+
+    num_chains: int
+    jacobian_mode: str = "auto"
+    structure: str = "auto"
 
 
 def build_system(
-    model: ConstrainedModel, num_chains: int, jacobian_mode: str = "auto"
+    model: ConstrainedModel,
+    num_chains: int,
+    jacobian_mode: str = "auto",
+    structure: str = "auto",
 ) -> ConstrainedSystem:
+    """The system alone; see :func:`assemble`."""
+    return assemble(model, Preferences(num_chains, jacobian_mode, structure)).system
+
+
+def assemble(model: ConstrainedModel, preferences: Preferences) -> Assembly:
     """
-    Batch a model's functions over chains.
+    Batch a model's functions over chains, and choose how to compute Jacobians.
+
+    The functions are recorded, and steps of a loop that are alike run as one, wherever a model
+    runs the same operations every time.
 
     :param model: the conditioned model.
-    :param int num_chains: chains that the system will run.
-    :param str jacobian_mode: ``"forward"``, ``"reverse"``, or ``"auto"``: whichever computes less,
-        by the operations and elements counted in one evaluation (a count and not a time, so that
-        the same seed gives the same draws).
+    :param preferences: number of chains that the system will run; ``jacobian_mode``
+        ``"forward"``, ``"reverse"``, or ``"auto"``, whichever computes less; ``structure`` one of
+        :data:`STRUCTURES`.
     :returns: the system. Where the model cannot run under ``vmap`` it is run once per chain, with
         a warning that says why.
     """
@@ -56,17 +98,138 @@ def build_system(
             model.constraint, model.potential, vectorized=False, forward=False
         )
         _check_differentiable(looped, inputs)
-        return looped
-    reverse = ConstrainedSystem(model.constraint, model.potential, forward=False)
-    if jacobian_mode == "reverse" or (
-        jacobian_mode == "auto" and model.dim > _MOST_INPUTS_PER_CONSTRAINT * model.num_constraints
-    ):
-        return reverse
-    forward = ConstrainedSystem(model.constraint, model.potential, forward=True)
-    if jacobian_mode == "forward":
-        return forward
-    costs = [_cost(system, inputs, num_chains) for system in (forward, reverse)]
-    return forward if costs[0] < costs[1] else reverse
+        return Assembly(looped, "dense, one chain at a time", None)
+    constraint = _recorded(model.constraint, inputs[0])
+    potential: ScalarFunction = model.potential
+    if not model.structure.is_standard_normal:
+        potential = _recorded(model.potential, inputs[0])
+    system = ConstrainedSystem(constraint, potential)
+    points = torch.stack([model.inputs({}, init_to_sample) for _ in range(_PRIOR_DRAWS)])
+    return _choose(system, None, points, preferences)
+
+
+def settle(assembly: Assembly, positions: Tensor, preferences: Preferences) -> Assembly:
+    """
+    Look for structure again at the starting points, where it was not found from the prior.
+
+    A simulator may explode at prior draws, or be at one side of a branch at all of them.
+
+    :param assembly: what the search for starting points has used.
+    :param Tensor positions: starting points of all chains, ``(chains, dim)``.
+    :param preferences: as for :func:`assemble`.
+    :raises ValueError: if the structure that the user asked for is not there.
+    """
+    system, pattern = assembly.system, assembly.pattern
+    if pattern is None:
+        return assembly
+    if isinstance(system.structure, DenseStructure):
+        is_settled = pattern.is_complete and preferences.structure == "auto"
+    else:
+        scale = torch.ones_like(positions[0])
+        is_settled = find_defect(system, system.point(positions, scale), scale) is None
+    if is_settled:
+        return assembly
+    starts = positions[:_STARTS]
+    points = torch.cat([starts, starts + _NEARBY * torch.randn_like(starts)])
+    settled = _choose(system, pattern, points, preferences)
+    if preferences.structure != "auto" and isinstance(settled.system.structure, DenseStructure):
+        raise ValueError(
+            f"structure={preferences.structure!r} was asked for, but the Jacobian of the outputs "
+            f"does not have it: {_describe(settled.pattern)}. Use structure='auto'."
+        )
+    return settled
+
+
+def guarded_system(
+    assembly: Assembly,
+    model: ConstrainedModel,
+    positions: Tensor,
+    preferences: Preferences,
+    *,
+    compile: bool,
+) -> GuardedSystem:
+    """
+    The system of a run.
+
+    :param assembly: the settled system.
+    :param model: the conditioned model.
+    :param Tensor positions: starting points of all chains, ``(chains, dim)``.
+    :param preferences: as for :func:`assemble`.
+    :param bool compile: whether to compile it to native code.
+    """
+
+    def dense() -> tuple[ConstrainedSystem, str]:
+        return _without_structure(assembly.system, positions[:_STARTS], preferences)[:2]
+
+    return GuardedSystem(
+        assembly.system,
+        assembly.report,
+        dense,
+        model.structure,
+        len(positions) if compile else None,
+    )
+
+
+def _choose(
+    system: ConstrainedSystem, known: Pattern | None, points: Tensor, preferences: Preferences
+) -> Assembly:
+    """Choose a structure by the pattern at some points and what is known from others."""
+    num_chains, mode, kind = preferences
+    constraint = system.functions[0]
+    is_cheap = kind == "auto" and is_cheap_dense(constraint, points, num_chains)
+    if kind == "dense" or is_cheap:
+        return _without_structure(system, points, preferences)
+    is_forward = can_differentiate_forwards(constraint, points[0])
+    pattern = find_pattern(constraint, points, forward=is_forward)
+    if known is not None:
+        pattern = merge_patterns(known, pattern)
+    choice = choose_structure(system, pattern, points, num_chains, kind=kind, jacobian_mode=mode)
+    if choice is None:
+        return _without_structure(system, points, preferences)._replace(pattern=pattern)
+    return Assembly(recorded_system(choice.system, points[0]), choice.report, pattern)
+
+
+def _without_structure(
+    system: ConstrainedSystem, points: Tensor, preferences: Preferences
+) -> Assembly:
+    num_rows = system.constraint(points, torch.ones_like(points[0])).shape[-1]
+    shape, (num_chains, mode, _) = (num_rows, points.shape[-1]), preferences
+    choice = choose_dense(system, shape, points, num_chains, mode)
+    return Assembly(recorded_system(choice.system, points[0]), choice.report, None)
+
+
+def _describe(pattern: Pattern | None) -> str:
+    if pattern is None:
+        return "it was not looked for"
+    share = len(pattern.rows) / (pattern.num_rows * pattern.num_columns)
+    return (
+        f"of its {pattern.num_rows} x {pattern.num_columns} entries {share:.0%} are nonzero, and "
+        "its columns do not fall into global ones and local blocks with as many inputs as outputs"
+    )
+
+
+def _recorded(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that runs what it repeats as one; the function itself if that cannot be."""
+    with _CheckFinder() as finder:
+        function(example)
+    if finder.has_check:  # a recording would not raise
+        return function
+    try:
+        return record(function, example)
+    except RecordingError:
+        return function
+
+
+class _CheckFinder(TorchDispatchMode):
+    """Looks for operations that only raise, as after a factorisation that may fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_check = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.has_check |= not func._schema.returns
+        return func(*args, **(kwargs or {}))
 
 
 def _check_differentiable(system: ConstrainedSystem, inputs: Tensor) -> None:
@@ -83,36 +246,17 @@ def _check_differentiable(system: ConstrainedSystem, inputs: Tensor) -> None:
         ) from error
 
 
-def can_try_forward(model: ConstrainedModel) -> bool:
-    """Whether there are few enough inputs per constraint for forward-mode differentiation."""
-    return model.dim <= _MOST_INPUTS_PER_CONSTRAINT * model.num_constraints
-
-
-class _OperationCounter(TorchDispatchMode):
-    """Counts tensor operations and the elements they compute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls += 1
-        if not func.is_view:
-            leaves = tree_leaves(result)
-            self.elements += sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
-        return result
-
-
-def _cost(system: ConstrainedSystem, inputs: Tensor, num_chains: int) -> float:
-    """Cost of one evaluation for all chains, in elements; infinite if it cannot be done."""
+def can_differentiate_forwards(constraint: ScalarFunction, point: Tensor) -> bool:
+    """Whether forward mode has few enough products and a derivative for every operation."""
+    u = point.unsqueeze(0)
+    num_constraints = vmap(constraint)(u).shape[-1]
+    if "forward" not in possible_modes(num_constraints, len(point), "auto"):
+        return False
     try:
-        with _OperationCounter() as counter:
-            system.point(inputs, torch.ones_like(inputs[0]))
+        vmap(lambda u, v: jvp(constraint, (u,), (v,))[1])(u, torch.ones_like(u))
     except (RuntimeError, NotImplementedError):  # an operation without a forward derivative
-        return math.inf
-    return counter.calls * _ELEMENTS_PER_CALL + counter.elements * num_chains / len(inputs)
+        return False
+    return True
 
 
 def _why_not_vectorized(function: Callable[[Tensor], Tensor], inputs: Tensor) -> str | None:

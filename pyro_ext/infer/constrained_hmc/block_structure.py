@@ -40,6 +40,16 @@ class BlockStructure:
         self.partition = partition(split, device)
         self.compression = compress(pattern, self.partition, mode, dtype)
 
+    def with_mode(self, mode: str) -> BlockStructure:
+        """The same structure with other products."""
+        return BlockStructure(
+            self.pattern,
+            self.partition.split,
+            mode,
+            dtype=self.compression.forward_seeds.dtype,
+            device=self.compression.forward_seeds.device,
+        )
+
     def derivatives(self, constraint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """See :meth:`.structure.Structure.derivatives`."""
         return self.compression.products(constraint)

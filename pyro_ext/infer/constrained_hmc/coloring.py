@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
-from torch.nn.functional import pad
 
 from .partition import BlockPartition
 from .sparsity import Pattern
@@ -61,8 +60,8 @@ class Compression:
 
     forward_seeds: Tensor  # (num_forward, num_columns)
     reverse_seeds: Tensor  # (num_reverse, num_rows)
-    entry_places: Tensor  # (entries,) where each entry stands in the products, then a zero
-    product_places: Tensor  # (elements of products,) and the other way round
+    entry_places: Tensor  # (entries,) where each entry stands in the products
+    product_places: Tensor  # (products,) and the other way round
     block_shape: tuple[int, int, int]  # local and global columns, rows, blocks
     remaining_shape: tuple[int, int]  # remaining rows, global columns
 
@@ -72,7 +71,7 @@ class Compression:
         return len(self.forward_seeds) + len(self.reverse_seeds)
 
     def products(self, constraint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The function that computes the products at one input, flattened."""
+        """The function that computes the products at one input, flattened, and a zero."""
 
         def compressed(u: Tensor) -> Tensor:
             parts = []
@@ -82,7 +81,7 @@ class Compression:
             if len(self.reverse_seeds) > 0:
                 pullback = vjp(constraint, u)[1]
                 parts.append(vmap(lambda seed: pullback(seed)[0])(self.reverse_seeds).flatten())
-            return torch.cat(parts)
+            return torch.cat([*parts, u.new_zeros(1)])
 
         return compressed
 
@@ -90,19 +89,20 @@ class Compression:
         """
         Read the entries of Jacobians from their products.
 
-        :param Tensor products: shape ``(chains, elements)``.
+        :param Tensor products: shape ``(chains, products)``.
         :returns: columns of the blocks, local ones first, ``(chains, columns, r, blocks)``, and
             global columns of the remaining rows, ``(chains, m, g)``.
         """
-        flat = pad(products, (0, 1))[:, self.entry_places]
+        flat = products[:, self.entry_places]
         size = int(np.prod(self.block_shape))
         columns = flat[:, :size].unflatten(-1, self.block_shape)
         return columns, flat[:, size:].unflatten(-1, self.remaining_shape)
 
     def cotangent(self, columns: Tensor, remaining: Tensor) -> Tensor:
         """Transpose of :meth:`entries`."""
-        flat = torch.cat([columns.flatten(1), remaining.flatten(1)], -1)
-        return pad(flat, (0, 1))[:, self.product_places]
+        zero = columns.new_zeros(len(columns), 1)
+        flat = torch.cat([columns.flatten(1), remaining.flatten(1), zero], -1)
+        return flat[:, self.product_places]
 
 
 class _Entries(NamedTuple):
@@ -146,7 +146,7 @@ def compress(
     size = num_forward + len(reverse_seeds) * pattern.num_columns
     places = np.where(is_forward, forward_places, num_forward + reverse_places)
     places[~entries.is_nonzero] = size
-    product_places = np.full(size, len(places))
+    product_places = np.full(size + 1, len(places))
     product_places[places[entries.is_nonzero]] = entries.is_nonzero.nonzero()[0]
     k, g, (r, b) = partition.num_local, len(partition.global_columns), partition.block_rows.shape
     return Compression(

@@ -81,6 +81,14 @@ class ConstrainedHMC(ConstrainedKernel):
         that reproduce the outputs. The default draws from the prior.
     :param str jacobian_mode: differentiate outputs in ``"forward"`` or ``"reverse"`` mode;
         ``"auto"`` takes the one that computes less.
+    :param str structure: what to make use of in the Jacobian of the outputs. ``"elementwise"``:
+        local blocks, inputs that act on few outputs each, beside global inputs that act on all,
+        at a cost per step linear in the number of outputs; ``"autoregressive"``: noise of a
+        series that acts on what follows it; ``"dense"``: nothing; ``"auto"`` looks at the
+        Jacobian, and takes what is found if it is clearly cheaper.
+        ``diagnostics()["structure"]`` says what that is.
+    :param int structure_check_interval: draws between two checks that the structure holds where
+        the chains are. Where it does not the kernel warns, and goes on with dense Jacobians.
     :param bool compile: record the model once and compile it to native code with
         :func:`torch.compile`; pays off in long runs.
     :raises ValueError: for arguments out of range, and when a run starts, if the model cannot be
@@ -126,6 +134,8 @@ class ConstrainedHMC(ConstrainedKernel):
         max_projection_iters: int = 50,
         init_strategy: Callable[..., Any] = init_to_sample,
         jacobian_mode: str = "auto",
+        structure: str = "auto",
+        structure_check_interval: int = 10,
         compile: bool = False,
     ) -> None:
         super().__init__(
@@ -141,6 +151,8 @@ class ConstrainedHMC(ConstrainedKernel):
             max_projection_iters=max_projection_iters,
             init_strategy=init_strategy,
             jacobian_mode=jacobian_mode,
+            structure=structure,
+            structure_check_interval=structure_check_interval,
             compile=compile,
         )
         if isinstance(trajectory_length, str) and trajectory_length != "adapt":

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .linearization import DenseLinearization, Linearize
 from .projection import BatchFunction, Tolerances
 
 __all__ = ["InitialPoints", "find_initial_points"]
@@ -65,12 +66,15 @@ def find_initial_points(
     tolerances: Tolerances,
     *,
     max_tries: int = 3,
+    linearize: Linearize | None = None,
+    solve_blocks: BatchFunction | None = None,
 ) -> InitialPoints:
     """
     Find a solution of the constraint near a prior draw, for every chain.
 
     Chains for which the search fails are drawn again; those that still fail after
-    ``max_tries`` draws are given to SciPy's least-squares solver.
+    ``max_tries`` draws have their local blocks solved, where there are any, and are given to
+    SciPy's least-squares solver as the last resort.
 
     :param constraint: batched constraint.
     :param jacobian_matrix: batched Jacobian.
@@ -78,18 +82,32 @@ def find_initial_points(
     :param int num_chains: points to find.
     :param tolerances: when a residual counts as zero.
     :param int max_tries: prior draws to try for each chain.
+    :param linearize: linearises the constraint; by default by ``jacobian_matrix``.
+    :param solve_blocks: moves the local inputs of a batch of points to solve the constraint for
+        their global ones.
     :returns: the points, with a flag per chain.
     """
-    points = _search(constraint, jacobian_matrix, draw(num_chains), tolerances)
+    if linearize is None:
+
+        def linearize(position: Tensor) -> DenseLinearization:
+            return DenseLinearization(jacobian_matrix(position))
+
+    points = _search(constraint, linearize, draw(num_chains), tolerances)
     for _ in range(max_tries - 1):
         lost = (~points.is_found).nonzero().squeeze(-1)
         if len(lost) == 0:
             return points
-        retry = _search(constraint, jacobian_matrix, draw(len(lost)), tolerances)
+        retry = _search(constraint, linearize, draw(len(lost)), tolerances)
         points = _replace(points, lost, retry)
     lost = (~points.is_found).nonzero().squeeze(-1)
     if len(lost) == 0:
         return points
+    if solve_blocks is not None:
+        retry = _search(constraint, linearize, solve_blocks(draw(len(lost))), tolerances)
+        points = _replace(points, lost, retry)
+        lost = (~points.is_found).nonzero().squeeze(-1)
+        if len(lost) == 0:
+            return points
     retry = _least_squares(constraint, jacobian_matrix, points.position[lost], tolerances)
     return _replace(points, lost, retry)
 
@@ -102,7 +120,7 @@ def _replace(points: InitialPoints, index: Tensor, new: InitialPoints) -> Initia
 
 def _search(
     constraint: BatchFunction,
-    jacobian_matrix: BatchFunction,
+    linearize: Linearize,
     start: Tensor,
     tolerances: Tolerances,
 ) -> InitialPoints:
@@ -113,7 +131,7 @@ def _search(
     target = counts + residual.shape[-1]
     search = _Search(start, start, counts, target, counts, flags, flags)
     for _ in range(_MAX_JACOBIANS):
-        search = _search_step(constraint, jacobian_matrix, search, tolerances)
+        search = _search_step(constraint, linearize, search, tolerances)
         if (search.is_found | search.is_lost).all():
             break
     return InitialPoints(search.position, constraint(search.position), search.is_found)
@@ -121,13 +139,14 @@ def _search(
 
 def _search_step(
     constraint: BatchFunction,
-    jacobian_matrix: BatchFunction,
+    linearize: Linearize,
     search: _Search,
     tolerances: Tolerances,
 ) -> _Search:
-    residual, matrix = constraint(search.position), jacobian_matrix(search.position)
-    rows = _leading_rows(residual, matrix, search.target)
-    delta, norms = _damped_step(residual, matrix, rows)
+    residual, linearization = constraint(search.position), linearize(search.position)
+    is_finite = residual.isfinite() & linearization.finite_rows()
+    rows = _leading_rows(is_finite, search.target)
+    delta, norms = linearization.damped_step(residual, rows)
     is_all = rows.all(-1)
     is_met = (residual.abs() <= tolerances.constraint).all(-1)
     is_met &= delta.abs().amax(-1) <= tolerances.position
@@ -170,28 +189,10 @@ def _next_stage(
     )
 
 
-def _leading_rows(residual: Tensor, matrix: Tensor, target: Tensor) -> Tensor:
+def _leading_rows(is_finite: Tensor, target: Tensor) -> Tensor:
     """Constraints up to ``target`` before the first one that is not finite."""
-    is_finite = residual.isfinite() & matrix.isfinite().all(-1)
-    order = torch.arange(residual.shape[-1], device=residual.device)
+    order = torch.arange(is_finite.shape[-1], device=is_finite.device)
     return (is_finite.long().cumprod(-1) > 0) & (order < target.unsqueeze(-1))
-
-
-def _damped_step(residual: Tensor, matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The minimum-norm step for some rows, and the lengths of all rows of the Jacobian."""
-    matrix = torch.where(rows.unsqueeze(-1), matrix, 0.0)
-    norms = matrix.norm(dim=-1).clamp(min=torch.finfo(matrix.dtype).tiny)
-    norms = torch.where(rows, norms, 1.0)
-    unit = matrix / norms.unsqueeze(-1)
-    distance = torch.where(rows, residual, 0.0) / norms
-    gram = unit @ unit.mT
-    # only enough damping for the factorisation to exist
-    damping = 100 * torch.finfo(gram.dtype).eps * gram.shape[-1]
-    gram = gram + torch.diag_embed(torch.where(rows, damping, 1.0).to(gram))
-    cholesky, _ = torch.linalg.cholesky_ex(gram)
-    multipliers = torch.cholesky_solve(distance.unsqueeze(-1), cholesky)
-    delta = -(unit.mT @ multipliers).squeeze(-1)
-    return delta, norms
 
 
 def _line_search(

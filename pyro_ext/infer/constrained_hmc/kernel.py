@@ -11,19 +11,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils._pytree import tree_leaves
 
 from ...errors import PrecisionWarning, SamplingWarning
 from ..vectorized import VectorizedKernel
 from .adaptation import dual_averaging_init, running_variance_init
-from .assembly import build_system, default_tolerances
-from .compilation import CompiledSystem
+from .assembly import (
+    STRUCTURES,
+    Preferences,
+    assemble,
+    default_tolerances,
+    guarded_system,
+    settle,
+)
+from .guard import GuardedSystem
 from .integrator import IntegratorSettings
 from .model import ConstrainedModel
 from .projection import Projector, Tolerances, hybrid, newton, quasi_newton
 from .records import RunRecord
 from .start import initial_positions, values_per_chain
 from .status import Status
-from .system import System
 from .transitions import TransitionInfo
 from .warmup import Chains, WarmupSettings, adapt, rescue_factor, restart_step_size
 
@@ -55,7 +62,7 @@ class ConstrainedKernel(VectorizedKernel):
 
     # state of a run, set by setup()
     _model: ConstrainedModel
-    _system: System
+    _system: GuardedSystem
     _tolerances: Tolerances
     _chains: Chains
     _record: RunRecord
@@ -82,6 +89,8 @@ class ConstrainedKernel(VectorizedKernel):
         max_projection_iters: int,
         init_strategy: Callable[..., Any],
         jacobian_mode: str,
+        structure: str,
+        structure_check_interval: int,
         compile: bool,
     ) -> None:
         super().__init__()
@@ -94,9 +103,11 @@ class ConstrainedKernel(VectorizedKernel):
             num_inner_steps=num_inner_steps,
             constraint_tol=constraint_tol,
             max_projection_iters=max_projection_iters,
+            structure_check_interval=structure_check_interval,
         )
         _check_choice("projection", projection, tuple(_PROJECTORS))
         _check_choice("jacobian_mode", jacobian_mode, _JACOBIAN_MODES)
+        _check_choice("structure", structure, STRUCTURES)
         if not 0 < target_accept_prob < 1:
             raise ValueError(f"target_accept_prob must lie in (0, 1), got {target_accept_prob}.")
         self.model = model
@@ -111,6 +122,8 @@ class ConstrainedKernel(VectorizedKernel):
         self.max_projection_iters = max_projection_iters
         self.init_strategy = init_strategy
         self.jacobian_mode = jacobian_mode
+        self.structure = structure
+        self.structure_check_interval = structure_check_interval
         self.compile = compile
         self._clear()
 
@@ -189,6 +202,9 @@ class ConstrainedKernel(VectorizedKernel):
             if is_adapting:
                 warmup = self._warmup_settings()
                 chains = adapt(self._system, settings, warmup, chains, draw.accept_statistic)
+            if chains.iteration % self.structure_check_interval == 0:
+                point = self._system.review(chains.point, chains.scale)
+                chains = chains._replace(point=point)
             self._chains = chains
             self._params = self._to_params(chains)
         self._show(info)
@@ -219,13 +235,16 @@ class ConstrainedKernel(VectorizedKernel):
         projections`` and ``non-reversible`` draws, and per draw ``accept_prob``,
         ``is_accepted``, ``num_steps``, ``projection_iterations``, ``constraint_residual``,
         ``status`` (:class:`~pyro_ext.infer.constrained_hmc.Status`), ``energy``, ``step_size``,
-        ``trajectory_length``, and ``tree_depth`` where trajectories double.
+        ``trajectory_length``, and ``tree_depth`` where trajectories double; ``structure`` says
+        how Jacobians were computed.
         """
-        return self._record.per_chain()
+        report = self._system.report if hasattr(self, "_system") else ""
+        return [{**chain, "structure": report} for chain in self._record.per_chain()]
 
     def summary(self) -> str:
         """One line about the run so far."""
-        return self._record.summary()
+        report = f" Jacobian: {self._system.report}." if hasattr(self, "_system") else ""
+        return self._record.summary() + report
 
     def cleanup(self) -> None:
         """Warn of what went wrong in the run; later calls do nothing."""
@@ -238,11 +257,10 @@ class ConstrainedKernel(VectorizedKernel):
     def required_bytes(self, num_samples: int) -> int:
         """Least memory that a run needs once it is set up: draws, Jacobians and their factors."""
         structure = self._model.structure
-        num_chains = len(self._chains.residual)
-        matrix = structure.dim * structure.num_constraints
-        gram = structure.num_constraints**2
-        points = 2 * self._points_at_once * matrix + 2 * gram
-        values = num_chains * (num_samples * structure.dim + points)
+        draws = len(self._chains.residual) * num_samples * structure.dim
+        parts = tree_leaves(self._chains.point.jacobian)
+        point = sum(part.numel() for part in parts if isinstance(part, Tensor))
+        values = draws + self._points_at_once * point
         return values * torch.finfo(structure.dtype).bits // 8
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,16 +293,22 @@ class ConstrainedKernel(VectorizedKernel):
                 PrecisionWarning,
                 stacklevel=4,
             )
-        system = build_system(model, self.num_chains or 1, self.jacobian_mode)
+        preferences = Preferences(self.num_chains or 1, self.jacobian_mode, self.structure)
+        assembly = assemble(model, preferences)
         self._model = model
         self._tolerances = default_tolerances(
             model, self.constraint_tol, self.max_projection_iters
         )
         values = values_per_chain(self._preset, self.num_chains)
         one = torch.ones(structure.dim, dtype=structure.dtype, device=structure.device)
-        position = initial_positions(model, system, self._tolerances, self.init_strategy, values)
-        self._system = CompiledSystem(system, len(position)) if self.compile else system
-        residual = system.constraint(position, one).abs().amax(-1)
+        position = initial_positions(
+            model, assembly.system, self._tolerances, self.init_strategy, values
+        )
+        assembly = settle(assembly, position, preferences)
+        self._system = guarded_system(
+            assembly, model, position, preferences, compile=self.compile
+        )
+        residual = assembly.system.constraint(position, one).abs().amax(-1)
         self._chains = Chains(
             point=self._system.point(position, one),
             residual=residual,

@@ -54,6 +54,9 @@ class ConstrainedNUTS(ConstrainedKernel):
     :param init_strategy: a per-site initialisation function from
         :mod:`pyro.infer.autoguide.initialization`.
     :param str jacobian_mode: ``"forward"``, ``"reverse"`` or ``"auto"``.
+    :param str structure: ``"elementwise"``, ``"autoregressive"``, ``"dense"``, or ``"auto"`` for
+        what is found in the Jacobian if it is clearly cheaper.
+    :param int structure_check_interval: draws between two checks that the structure holds.
     :param bool compile: compile the model to native code with :func:`torch.compile`.
     :raises ValueError: for arguments out of range, and when a run starts, if the model cannot be
         sampled exactly; the message names the site and the cure.
@@ -97,6 +100,8 @@ class ConstrainedNUTS(ConstrainedKernel):
         max_projection_iters: int = 50,
         init_strategy: Callable[..., Any] = init_to_sample,
         jacobian_mode: str = "auto",
+        structure: str = "auto",
+        structure_check_interval: int = 10,
         compile: bool = False,
     ) -> None:
         super().__init__(
@@ -112,6 +117,8 @@ class ConstrainedNUTS(ConstrainedKernel):
             max_projection_iters=max_projection_iters,
             init_strategy=init_strategy,
             jacobian_mode=jacobian_mode,
+            structure=structure,
+            structure_check_interval=structure_check_interval,
             compile=compile,
         )
         check_positive(max_tree_depth=max_tree_depth)

@@ -12,12 +12,16 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from ...errors import InitializationError, SamplingWarning
-from .assembly import can_try_forward
+from .assembly import can_differentiate_forwards
+from .block_structure import BlockStructure
+from .detection import with_structure
 from .differentiability import check_dependence, check_rank
 from .initialization import InitialPoints, find_initial_points
+from .linearization import Linearize, block_linearization
+from .local_start import solve_local_blocks
 from .model import ConstrainedModel
-from .projection import Tolerances
-from .structure import LinAlgError
+from .projection import BatchFunction, Tolerances
+from .structure import DenseStructure, LinAlgError
 from .system import ConstrainedSystem
 
 __all__ = ["initial_positions", "values_per_chain"]
@@ -49,7 +53,7 @@ def initial_positions(
     structure = model.structure
     one = torch.ones(structure.dim, dtype=structure.dtype, device=structure.device)
 
-    searcher = _searcher(model, system)
+    searcher = _searcher(system, model.inputs({}, init_to_sample))
     num_outputs = (structure.num_constraints,)
 
     def constraint(position: Tensor) -> Tensor:
@@ -64,14 +68,45 @@ def initial_positions(
         given = values if number == len(values) else [{}] * number
         return torch.stack([model.inputs(chain, init_strategy) for chain in given])
 
-    prior = torch.stack([model.inputs({}, init_to_sample) for _ in range(_PRIOR_DRAWS)])
-    check_dependence(structure, jacobian_matrix(prior), constraint(prior), at="prior draws")
-    points = find_initial_points(constraint, jacobian_matrix, draw, len(values), tolerances)
+    linearize, solve_blocks = _by_blocks(searcher, constraint, one, tolerances)
+    if linearize is None:  # outputs of blocks depend on inputs of their own
+        prior = torch.stack([model.inputs({}, init_to_sample) for _ in range(_PRIOR_DRAWS)])
+        check_dependence(structure, jacobian_matrix(prior), constraint(prior), at="prior draws")
+    points = find_initial_points(
+        constraint,
+        jacobian_matrix,
+        draw,
+        len(values),
+        tolerances,
+        linearize=linearize,
+        solve_blocks=solve_blocks,
+    )
     if not points.is_found.any():
         raise InitializationError(_no_start_message(model, points))
-    found = points.position[points.is_found]
-    check_rank(structure, jacobian_matrix(found[:_RANK_CHECKS]))
+    if linearize is None:
+        found = points.position[points.is_found]
+        check_rank(structure, jacobian_matrix(found[:_RANK_CHECKS]))
     return _fill_lost(points)
+
+
+def _by_blocks(
+    searcher: ConstrainedSystem, constraint: BatchFunction, one: Tensor, tolerances: Tolerances
+) -> tuple[Linearize | None, BatchFunction | None]:
+    """How to search, and to solve for local inputs, where the Jacobian has local blocks."""
+    structure = searcher.structure
+    if not isinstance(structure, BlockStructure):
+        return None, None
+    size = (len(structure.compression.product_places),)
+
+    def derivatives(position: Tensor) -> Tensor:
+        return _nan_where_raised(
+            lambda position, _: searcher.derivatives(position), position, one, size
+        )
+
+    def solve_blocks(start: Tensor) -> Tensor:
+        return solve_local_blocks(constraint, derivatives, structure, start, tolerances)
+
+    return block_linearization(structure, derivatives), solve_blocks
 
 
 def _nan_where_raised(
@@ -90,22 +125,21 @@ def _nan_where_raised(
     return torch.cat(rows)
 
 
-def _searcher(model: ConstrainedModel, system: ConstrainedSystem) -> ConstrainedSystem:
+def _searcher(system: ConstrainedSystem, example: Tensor) -> ConstrainedSystem:
     """
     The system to search with: one that differentiates forwards, where there is one.
 
     Where some outputs overflow, reverse mode multiplies their infinite derivatives by zero and
     spoils the rows of all outputs; forward mode leaves the rows of finite outputs finite.
     """
-    if not system.is_vectorized or not can_try_forward(model):
+    if not system.is_vectorized:
         return system
-    forward = ConstrainedSystem(model.constraint, model.potential, forward=True)
-    inputs = torch.zeros(1, model.dim, dtype=model.structure.dtype, device=model.structure.device)
-    try:
-        forward.jacobian_matrix(inputs, torch.ones_like(inputs[0]))
-    except (RuntimeError, NotImplementedError):  # an operation without a forward derivative
+    structure = system.structure
+    if structure.mode == "forward" or not can_differentiate_forwards(system.functions[0], example):
         return system
-    return forward
+    if isinstance(structure, BlockStructure):
+        return with_structure(system, structure.with_mode("forward"), example)
+    return with_structure(system, DenseStructure(forward=True), example)
 
 
 def values_per_chain(

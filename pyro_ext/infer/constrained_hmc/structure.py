@@ -63,6 +63,9 @@ class Structure(Protocol[Factorized]):
     Derivatives are numbers of any number and order, from which the entries of :math:`J` are read.
     """
 
+    mode: str
+    """Of differentiation: ``"forward"``, ``"reverse"`` or ``"mixed"``."""
+
     def derivatives(self, constraint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The function from one input to the derivatives there, itself differentiable."""
 
@@ -110,11 +113,11 @@ class DenseStructure:
     """
 
     def __init__(self, *, forward: bool) -> None:
-        self.is_forward = forward
+        self.mode = "forward" if forward else "reverse"
 
     def derivatives(self, constraint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """See :meth:`Structure.derivatives`."""
-        return jacfwd(constraint) if self.is_forward else jacrev(constraint)
+        return jacfwd(constraint) if self.mode == "forward" else jacrev(constraint)
 
     def factorize(self, derivatives: Tensor, scale: Tensor) -> DenseJacobian:
         """See :meth:`Structure.factorize`."""

@@ -19,7 +19,14 @@ from torch.func import vjp, vmap
 
 from .structure import DenseStructure, Jacobian, Structure
 
-__all__ = ["ConstrainedSystem", "Point", "System", "project_momentum", "total_energy"]
+__all__ = [
+    "ConstrainedSystem",
+    "Point",
+    "ScalarFunction",
+    "System",
+    "project_momentum",
+    "total_energy",
+]
 
 ScalarFunction = Callable[[Tensor], Tensor]
 
@@ -65,6 +72,8 @@ class ConstrainedSystem:
     :param bool forward: build dense Jacobians by forward-mode differentiation, one product per
         input, rather than by reverse mode, one per constraint.
     :param structure: how to compute and factorise Jacobians; by default as dense matrices.
+    :param derivatives: what the structure computes Jacobians from, if it is there in a form that
+        costs less than ``structure.derivatives(constraint)``.
     """
 
     def __init__(
@@ -75,14 +84,18 @@ class ConstrainedSystem:
         vectorized: bool = True,
         forward: bool = True,
         structure: Structure[Any] | None = None,
+        derivatives: ScalarFunction | None = None,
     ) -> None:
         self.is_vectorized = vectorized
+        self.functions = (constraint, potential)
         self.structure: Structure[Any] = structure or DenseStructure(
             forward=forward and vectorized
         )
         batch = vmap if vectorized else _loop
         self._constraint: ScalarFunction = batch(constraint)
-        self._derivatives: ScalarFunction = batch(self.structure.derivatives(constraint))
+        self.has_recorded_derivatives = derivatives is not None
+        derivatives = derivatives or self.structure.derivatives(constraint)
+        self._derivatives: ScalarFunction = batch(derivatives)
         self._potential: ScalarFunction = batch(potential)
 
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
@@ -94,6 +107,10 @@ class ConstrainedSystem:
         :returns: shape ``(chains, num_constraints)``.
         """
         return self._constraint(position * scale)
+
+    def derivatives(self, inputs: Tensor) -> Tensor:
+        """What :attr:`structure` reads Jacobians from, at ``(chains, dim)`` inputs ``u``."""
+        return self._derivatives(inputs)
 
     def jacobian_matrix(self, position: Tensor, scale: Tensor) -> Tensor:
         """Jacobian of the constraint, shape ``(chains, num_constraints, dim)``."""

@@ -1,0 +1,177 @@
+"""Find the structure of the Jacobian under which a step costs least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ops.recording import RecordedFunction, RecordingError, record
+from .block_structure import BlockStructure
+from .cost import step_cost
+from .partition import find_splits
+from .sparsity import Pattern
+from .structure import DenseStructure, Structure, projection_error
+from .system import ConstrainedSystem
+
+__all__ = [
+    "Choice",
+    "choose_dense",
+    "choose_structure",
+    "possible_modes",
+    "recorded_system",
+    "with_structure",
+]
+
+_CLEARLY = 2.0  # times that a structured step has to be cheaper
+_MOST_SPLITS = 3
+_FEW_OPERATIONS = 100  # of a constraint: its derivatives are recorded within a moment
+# Forward mode takes a product per input, reverse mode one per constraint. Beyond this many inputs
+# per constraint forward mode cannot win, and trying it could exhaust memory.
+_MOST_INPUTS_PER_CONSTRAINT = 4
+_LARGEST_DENSE = 4 * 10**6  # entries of a Jacobian that is worth trying as a dense matrix
+
+
+class Choice(NamedTuple):
+    """A system with a structure, what was found in a line, and the cost of a step."""
+
+    system: ConstrainedSystem
+    report: str
+    cost: float
+
+
+def with_structure(
+    system: ConstrainedSystem, structure: Structure[Any], example: Tensor
+) -> ConstrainedSystem:
+    """
+    The same system with its Jacobians computed in another way.
+
+    Where the constraint is recorded as few operations, so are its derivatives: in forward mode
+    most of the time would else be spent outside of tensor operations.
+
+    :param system: a vectorised system.
+    :param structure: how to compute Jacobians.
+    :param Tensor example: an input at which to record, ``(dim,)``.
+    """
+    constraint = system.functions[0]
+    other = ConstrainedSystem(*system.functions, structure=structure)
+    is_short = isinstance(constraint, RecordedFunction) and (
+        constraint.num_operations <= _FEW_OPERATIONS
+    )
+    return recorded_system(other, example) if is_short else other
+
+
+def recorded_system(system: ConstrainedSystem, example: Tensor) -> ConstrainedSystem:
+    """The same system with its derivatives recorded, where its constraint is and they can be."""
+    constraint, potential = system.functions
+    if system.has_recorded_derivatives or not isinstance(constraint, RecordedFunction):
+        return system
+    try:
+        derivatives = record(system.structure.derivatives(constraint), example)
+    except (RecordingError, RuntimeError, NotImplementedError):
+        # the last two from operations without a forward derivative, which the caller will see
+        return system
+    return ConstrainedSystem(
+        constraint, potential, structure=system.structure, derivatives=derivatives
+    )
+
+
+def choose_structure(
+    system: ConstrainedSystem,
+    pattern: Pattern,
+    points: Tensor,
+    num_chains: int,
+    *,
+    kind: str,
+    jacobian_mode: str,
+) -> Choice | None:
+    """
+    The structure of a Jacobian under which an integrator step is cheapest.
+
+    :param system: a vectorised system.
+    :param pattern: places of the Jacobian that may be nonzero.
+    :param Tensor points: inputs at which a structure must be sound, ``(points, dim)``.
+    :param int num_chains: chains that a step is for.
+    :param str kind: ``"auto"``, which is dense unless structure pays clearly, or
+        ``"elementwise"`` or ``"autoregressive"`` for the best structure of this kind.
+    :param str jacobian_mode: ``"forward"``, ``"reverse"`` or ``"auto"``.
+    :returns: the choice; ``None`` if there is no sound structure of the kind that was asked for.
+    """
+    structures = _structures(pattern, points, kind, jacobian_mode)
+    found = [_rated(system, s, s.describe(), points, num_chains) for s in structures]
+    sound = [c for c in found if c.cost < math.inf and _is_sound(c.system, points)]
+    best = min(sound, key=lambda choice: choice.cost, default=None)
+    if kind != "auto":
+        return best
+    shape = (pattern.num_rows, pattern.num_columns)
+    dense = choose_dense(system, shape, points, num_chains, jacobian_mode)
+    if best is None or dense.cost <= _CLEARLY * best.cost:
+        return dense
+    return best
+
+
+def choose_dense(
+    system: ConstrainedSystem,
+    shape: tuple[int, int],
+    points: Tensor,
+    num_chains: int,
+    jacobian_mode: str,
+) -> Choice:
+    """
+    The cheapest way without structure; its cost is infinite where it is too large to be counted.
+
+    :param shape: numbers of constraints and of inputs. Other arguments as for
+        :func:`choose_structure`.
+    """
+    choices = []
+    for mode in possible_modes(*shape, jacobian_mode):
+        structure, report = DenseStructure(forward=mode == "forward"), f"dense ({mode})"
+        if shape[0] * shape[1] <= _LARGEST_DENSE:
+            choices.append(_rated(system, structure, report, points, num_chains))
+        else:
+            choices.append(Choice(with_structure(system, structure, points[0]), report, math.inf))
+    return min(choices, key=lambda choice: choice.cost)
+
+
+def _structures(
+    pattern: Pattern, points: Tensor, kind: str, jacobian_mode: str
+) -> Iterator[BlockStructure]:
+    modes = ("forward", "reverse", "mixed") if jacobian_mode == "auto" else (jacobian_mode,)
+    if kind in ("auto", "elementwise"):
+        for split in find_splits(pattern)[:_MOST_SPLITS]:
+            if split.num_blocks == 1 and split.num_global == 0:
+                continue  # the Jacobian as it is
+            for mode in modes:
+                yield BlockStructure(pattern, split, mode, dtype=points.dtype, device=points.device)
+
+
+def _rated(
+    system: ConstrainedSystem,
+    structure: Structure[Any],
+    report: str,
+    points: Tensor,
+    num_chains: int,
+) -> Choice:
+    system = with_structure(system, structure, points[0])
+    return Choice(system, report, step_cost(system, points[:2], num_chains))
+
+
+def _is_sound(system: ConstrainedSystem, points: Tensor) -> bool:
+    """Whether projections keep half of the digits, at most of the points with finite entries."""
+    derivatives = system.derivatives(points)
+    derivatives = derivatives[derivatives.isfinite().all(-1)]
+    jacobian = system.structure.factorize(derivatives, torch.ones_like(points[0]))
+    vectors = torch.randn(len(derivatives), points.shape[-1]).to(points)
+    is_accurate = projection_error(jacobian, vectors) <= torch.finfo(points.dtype).eps ** 0.5
+    return len(derivatives) > 0 and 2 * int(is_accurate.sum()) > len(derivatives)
+
+
+def possible_modes(num_rows: int, num_columns: int, jacobian_mode: str) -> list[str]:
+    """Modes of differentiation of a dense Jacobian that are worth trying."""
+    if jacobian_mode != "auto":
+        return [jacobian_mode]
+    is_wide = num_columns > _MOST_INPUTS_PER_CONSTRAINT * num_rows
+    return ["reverse"] if is_wide else ["forward", "reverse"]
