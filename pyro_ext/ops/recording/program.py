@@ -118,7 +118,7 @@ def trace(function: Callable[..., Any], *examples: Tensor) -> tuple[Program, Tre
     """
     tracer = _Tracer(examples)
     try:
-        with torch.enable_grad(), _NoConversion(), tracer:
+        with torch.enable_grad(), _NoConversion(tracer), tracer:
             result = functionalize(function)(*examples)
     except RecordingError:
         raise
@@ -177,17 +177,17 @@ class _Tracer(TorchDispatchMode):
             with self:
                 return _WRITES[func](*args, **kwargs)
         if torch.Tag.data_dependent_output in func.tags:
-            self._refuse(
+            self.refuse(
                 f"The function turns a tensor that depends on its input into a number ({func}), "
                 "as a Python branch on it or .item() does. Use torch.where for a branch."
             )
         if torch.Tag.dynamic_output_shape in func.tags and self._has_varying_shape(func, leaves):
-            self._refuse(
+            self.refuse(
                 "The function makes a tensor whose shape depends on the values of its input "
                 f"({func}), as indexing with a mask does. Use torch.where."
             )
         if func._schema.is_mutable:
-            self._refuse(
+            self.refuse(
                 f"The function writes into its input or into a tensor from outside ({func})."
             )
         result = func(*args, **kwargs)
@@ -243,7 +243,8 @@ class _Tracer(TorchDispatchMode):
         self._kept.append(tensor)
         self._numbers[id(tensor)] = number
 
-    def _refuse(self, why: str) -> None:
+    def refuse(self, why: str) -> None:
+        """Stop, and remember why in case the function catches the error."""
         self.refusal = why
         raise RecordingError(why)
 
@@ -253,9 +254,13 @@ class _NoConversion(TorchFunctionMode):
 
     _CONVERSIONS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr})
 
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._CONVERSIONS and torch._C._functorch.is_functionaltensor(args[0]):
-            raise RecordingError(
+            self._tracer.refuse(
                 f"The function takes a tensor out of torch (Tensor.{func.__name__}), so that "
                 "what becomes of it cannot be recorded."
             )

@@ -40,6 +40,13 @@ def caught(u: Tensor) -> Tensor:
         return u
 
 
+def caught_conversion(u: Tensor) -> Tensor:
+    try:
+        return u * float(u.detach().numpy()[0])
+    except ValueError:
+        return u
+
+
 def in_place(u: Tensor) -> Tensor:
     return u.mul_(2)
 
@@ -73,6 +80,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "range": (lambda u: u * sum(range(int(u[0].abs()))), "into a number"),
     "tolist": (lambda u: u * u.tolist()[0], "tolist"),
     "numpy": (lambda u: u * float(u.detach().numpy()[0]), "numpy"),
+    "numpy, caught": (caught_conversion, "numpy"),
     "asarray": (lambda u: u * torch.as_tensor(np.asarray(u.detach())), "__array__"),
     "mask": (lambda u: u[u > 0], "shape depends on the values"),
     "empty mask": (lambda u: u[u > 1e9], "shape depends on the values"),
