@@ -75,7 +75,7 @@ class FrozenMessenger(Messenger):
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         self._hook.remove()
         for tensor in self._thawed:
-            tensor.requires_grad_(True)
+            tensor.requires_grad = True
         for module in self.switched_modules:
             module.training = True
         super().__exit__(exc_type, exc_value, traceback)
@@ -99,7 +99,7 @@ class FrozenMessenger(Messenger):
 
     def _freeze_tensor(self, tensor: Tensor) -> None:
         if tensor.requires_grad and tensor.is_leaf:
-            tensor.requires_grad_(False)
+            tensor.requires_grad = False  # the method is refused under torch.func
             self._thawed.append(tensor)
 
     def _pyro_param(self, msg: Any) -> None:

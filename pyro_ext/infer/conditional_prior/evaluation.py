@@ -15,7 +15,7 @@ from torch.func import vmap
 from ...errors import VectorizationWarning
 from ...poutine.condition_on import FillFreeElements, evidence_of, free_log_prob
 from ...poutine.sites import is_subsample
-from .inspection import run_model
+from .inspection import run_model, sample_nodes
 from .sites import Structure, constrain, sum_rows, unpack
 
 __all__ = ["ModelOfLatents"]
@@ -46,9 +46,13 @@ class ModelOfLatents:
         self.args = args
         self.kwargs = kwargs
         self.structure = structure
-        self.split = [name for name, node in trace.nodes.items() if _is_split(node)]
         # What stands in the place of free elements does not matter: nothing depends on it.
-        self.fill = {name: trace.nodes[name]["value"].detach() for name in self.split}
+        self.fill: dict[str, Tensor] = {
+            name: node["value"].detach()
+            for name, node in sample_nodes(trace).items()
+            if evidence_of(node) is not None
+        }
+        self.split = list(self.fill)
         self._why_in_a_loop: str | None = None
         self._find_out_how_to_run()
 
@@ -91,8 +95,8 @@ class ModelOfLatents:
 
         def of_one(u: Tensor) -> dict[str, Tensor]:
             values, _ = self._values(u)
-            trace = run_model(self.model, self.args, self.kwargs, values)
-            return {name: trace.nodes[name]["value"] for name in self.split}
+            nodes = sample_nodes(run_model(self.model, self.args, self.kwargs, values))
+            return {name: nodes[name]["value"] for name in self.split}
 
         with torch.no_grad():
             try:
@@ -168,8 +172,3 @@ class ModelOfLatents:
                 VectorizationWarning,
                 stacklevel=5,
             )
-
-
-def _is_split(node: Mapping[str, Any]) -> bool:
-    evidence = evidence_of(node) if node["type"] == "sample" else None
-    return evidence is not None

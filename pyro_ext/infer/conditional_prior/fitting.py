@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ __all__ = ["OPTIMIZERS", "Elbo", "FitResult", "check_fit", "minimize", "summariz
 Elbo = Callable[[Tensor, Tensor], Tensor]
 """From psi and noise to one value per draw and row, the terms of the C-ELBO."""
 
-OPTIMIZERS = {"lbfgs": minimize_lbfgs, "adam": minimize_adam}
+OPTIMIZERS: dict[str, Callable[..., RowsResult]] = {"lbfgs": minimize_lbfgs, "adam": minimize_adam}
 
 _MAX_ITER = {"lbfgs": 500, "adam": 2000}
 _TOL = 1e-8
@@ -75,7 +75,7 @@ def check_fit(optimizer: str, num_particles: int, features: int) -> None:
 
 def minimize(
     terms: Elbo,
-    start: Tensor,
+    starts: Iterable[Tensor],
     noise: Tensor,
     validation_noise: Tensor,
     *,
@@ -90,7 +90,8 @@ def minimize(
     Maximise the average of the C-ELBO over given noise, for all rows.
 
     :param terms: value of each draw and row, shape ``(draws, rows)``.
-    :param Tensor start: psi, shape ``(rows, num_parameters)``.
+    :param starts: psi to start from, each of shape ``(rows, num_parameters)``; every row ends
+        where the best of them led.
     :param Tensor noise: shape ``(draws, features)``, the same in all rows.
     :param Tensor validation_noise: further noise, on which the parameters are compared.
     :param str optimizer: "lbfgs" or "adam".
@@ -122,28 +123,50 @@ def minimize(
         return -torch.stack(totals).sum(0) / len(validation_noise)
 
     max_iter = _MAX_ITER[optimizer] if max_iter is None else max_iter
-    eps = torch.finfo(start.dtype).eps
-    minimizer = OPTIMIZERS[optimizer]
+    minimizer: Callable[..., RowsResult] = OPTIMIZERS[optimizer]
     if optimizer == "adam" and learning_rate is not None:
         minimizer = partial(minimize_adam, learning_rate=learning_rate)
     hide = not progress or "CI" in os.environ
-    with tqdm(total=max_iter, desc="Fit", disable=hide, dynamic_ncols=True) as bar:
+    best: RowsResult | None = None
+    for start in starts:
+        eps = torch.finfo(start.dtype).eps
+        with tqdm(total=max_iter, desc="Fit", disable=hide, dynamic_ncols=True) as bar:
+            result = minimizer(
+                objective,
+                start,
+                max_iter=max_iter,
+                gradient_tol=max(_GRADIENT_TOL, eps**0.5),
+                value_tol=max(_TOL, 4 * eps) if tol is None else tol,
+                validate=validate,
+                callback=partial(_report, bar),
+            )
+        best = result if best is None else _better_rows(best, result, validate)
+    if best is None:
+        raise ValueError("There is no point to start from.")
+    return best
 
-        def report(value: Tensor, running: Tensor) -> None:
-            bar.update(min(1, max_iter - bar.n))
-            if not hide:
-                mean = value[value.isfinite()].mean()
-                bar.set_postfix(c_elbo=f"{-mean:.4g}", running=f"{running.sum()}/{len(running)}")
 
-        return minimizer(
-            objective,
-            start,
-            max_iter=max_iter,
-            gradient_tol=max(_GRADIENT_TOL, eps**0.5),
-            value_tol=max(_TOL, 4 * eps) if tol is None else tol,
-            validate=validate,
-            callback=report,
-        )
+def _report(bar: tqdm, value: Tensor, running: Tensor) -> None:
+    bar.update(min(1, bar.total - bar.n))
+    if not bar.disable:
+        mean = value[value.isfinite()].mean()
+        bar.set_postfix(c_elbo=f"{-mean:.4g}", running=f"{running.sum()}/{len(running)}")
+
+
+def _better_rows(
+    first: RowsResult, second: RowsResult, validate: Callable[[Tensor], Tensor]
+) -> RowsResult:
+    """Of each row the result with the lower value on other noise."""
+    values = [torch.nan_to_num(validate(r.point), nan=float("inf")) for r in (first, second)]
+    better = (values[1] < values[0]) & (second.status != RowStatus.NOT_FINITE)
+    return RowsResult(
+        point=torch.where(better[:, None], second.point, first.point),
+        value=torch.where(better, second.value, first.value),
+        status=torch.where(better, second.status, first.status),
+        num_iterations=torch.where(better, second.num_iterations, first.num_iterations),
+        num_evaluations=first.num_evaluations + second.num_evaluations,
+        trace=torch.cat([first.trace, second.trace]).cummin(0).values,
+    )
 
 
 def summarize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ...errors import SamplingWarning
 from ...ops.rows import RowStatus
 from .density import ConditionalPrior
 from .evaluation import ModelOfLatents
@@ -24,8 +22,11 @@ from .inspection import Inspection, inspect_model
 from .metrics import log_mean_exp
 from .networks import Flow, RowMap, check_flow, make_row_map
 from .noise import Base, base_distribution, check_base, fixed_noise
+from .parameter_store import check_store
 from .prior_scale import prior_loc_scale
+from .query import check_has_query, check_query
 from .sites import constrain, pack, unconstrain, unpack
+from .starts import starting_points
 
 __all__ = ["ConditionalPriorGuide"]
 
@@ -157,8 +158,8 @@ class ConditionalPriorGuide(PyroModule):
         if self.row_map is None:
             loc, scale = prior_loc_scale(self.model, args, kwargs, structure, inspection.trace)
             row_map = self._make_row_map(structure.features)
-            like = {"dtype": structure.dtype, "device": structure.device}
-            self._set_parameters(row_map, row_map.initial(shape[0]).to(**like), loc, scale)
+            psi = row_map.initial(shape[0]).to(dtype=structure.dtype, device=structure.device)
+            self._set_parameters(row_map, psi, loc, scale)
         elif self.loc.shape != shape:
             raise ValueError(
                 f"The guide has parameters for {self.loc.shape[0]} rows of {self.loc.shape[1]} "
@@ -177,8 +178,12 @@ class ConditionalPriorGuide(PyroModule):
         :param kwargs: the model's keyword arguments.
         :returns: values by the names of the sites.
         """
-        structure = self._ready(args, kwargs).structure
-        self._check_parameter_store()
+        inspection = self._ready(args, kwargs)
+        structure = inspection.structure
+        if torch.is_grad_enabled() and self._pyro_context.active:
+            psi = self._parameters["psi"]  # not by attribute, which is a pyro.param statement
+            if psi is not None and check_store(f"{self._pyro_name}.psi", psi, inspection.learned):
+                self._inspection = inspection._replace(learned=frozenset())  # warn once
         plates = {
             frame.name: pyro.plate(frame.name, frame.size, dim=frame.dim)
             for site in structure.sites
@@ -200,6 +205,7 @@ class ConditionalPriorGuide(PyroModule):
         *args: Any,
         optimizer: str = "lbfgs",
         num_particles: int = 500,
+        num_starts: int | None = None,
         max_iter: int | None = None,
         tol: float | None = None,
         learning_rate: float | None = None,
@@ -211,13 +217,18 @@ class ConditionalPriorGuide(PyroModule):
         Fit all rows at once, with noise that is drawn once and kept.
 
         The average over fixed noise is an ordinary function, which L-BFGS maximises to the end,
-        each row with its own line search until it has converged. It goes on from the present
-        parameters, and the guide ends with the best ones of each row, which are never worse than
-        those. That the noise was not learned by heart is seen from fresh noise.
+        each row with its own line search. A second set of noise decides which parameters of each
+        row are the best, and when it is time to stop; no row ends worse than it began. A third one
+        tells what the C-ELBO is.
+
+        It goes on from the present parameters, at first the prior. Further starts are at draws
+        that agree with the evidence, and narrow; each row keeps the best.
 
         :param args: the model's positional arguments.
         :param str optimizer: "lbfgs" or "adam".
         :param int num_particles: draws of noise, many more than the latents of a row.
+        :param num_starts: 2 for "gvi" and 1 for others by default. From the prior a flow sees all
+            modes; a Gaussian, which has to choose one, may stop between them.
         :param max_iter: most steps; 500 of L-BFGS, 2000 of Adam by default.
         :param tol: a row is done when steps gain less than this, relative to the C-ELBO; 1e-8 by
             default, more in single precision.
@@ -234,12 +245,14 @@ class ConditionalPriorGuide(PyroModule):
         self.setup(*args, **kwargs)
         target = self._target()
         check_fit(optimizer, num_particles, self.loc.shape[-1])
+        if num_starts is None:
+            num_starts = 2 if self._flow == "gvi" else 1
         noise, validation_noise = (
             fixed_noise(self._base, num_particles, self.loc.shape[-1], self.psi) for _ in range(2)
         )
         result = minimize(
             lambda psi, chunk: self._terms(target, psi, chunk),
-            self.psi.detach(),
+            self._starting_points(target, noise, num_starts),
             noise,
             validation_noise,
             optimizer=optimizer,
@@ -324,7 +337,7 @@ class ConditionalPriorGuide(PyroModule):
             ``num_samples`` in front; the evidence stands where it was observed.
         """
         target = self._target(needs_all=False)
-        self._check_has_query(target)
+        check_has_query(target.split)
         with torch.no_grad():
             return target.draw_query(self._flat(self._density().rsample([num_samples])))
 
@@ -347,8 +360,8 @@ class ConditionalPriorGuide(PyroModule):
         Reference: Wu, Domke and Sanner 2022, algorithm 1 and section 4.3.
         """
         target = self._target(needs_all=False)
-        self._check_has_query(target)
-        values = _check_query(query, target)
+        check_has_query(target.split)
+        values = check_query(query, target.fill)
         z = self._flat(self._density().rsample([num_samples]))
         return log_mean_exp(target.query_log_prob(z, values)).reshape(self._result_shape())
 
@@ -398,17 +411,13 @@ class ConditionalPriorGuide(PyroModule):
         return ModelOfLatents(self.model, args, kwargs, inspection.structure, inspection.trace)
 
     def _density(self) -> ConditionalPrior:
-        structure, row_map = self._inspected().structure, self.row_map
-        if row_map is None:
-            raise ValueError("The guide has no parameters yet: call guide.setup(...).")
+        structure, row_map = self._inspected().structure, self._network()
         base = base_distribution(self._base, row_map.features, self.psi)
         return ConditionalPrior(row_map, self.psi, base, self.loc, self.scale, structure.row_shape)
 
     def _terms(self, target: ModelOfLatents, psi: Tensor, noise: Tensor) -> Tensor:
         """Theorem 2 for each draw and row: shape ``(draws, rows)``."""
-        if self.row_map is None:
-            raise ValueError("The guide has no parameters yet: call guide.setup(...).")
-        latents, log_det = self.row_map.to_latents(noise.expand(len(psi), -1, -1), psi)
+        latents, log_det = self._network().to_latents(noise.expand(len(psi), -1, -1), psi)
         latents = self.loc[:, None] + self.scale[:, None] * latents
         log_det = log_det + self.scale.log().sum(-1, keepdim=True)
         log_joint = target.log_joint(latents.transpose(0, 1))
@@ -416,6 +425,21 @@ class ConditionalPriorGuide(PyroModule):
         # where the guide is the posterior, and their spread shows how far it is from it.
         log_q = base_distribution(self._base, noise.shape[-1], noise).log_prob(noise)
         return log_joint + log_det.T - log_q[:, None]
+
+    def _starting_points(
+        self, target: ModelOfLatents, noise: Tensor, num: int
+    ) -> Iterator[Tensor]:
+        def log_joint(latents: Tensor) -> Tensor:
+            latents = self.loc[:, None] + self.scale[:, None] * latents
+            return target.log_joint(latents.transpose(0, 1))
+
+        psi = self.psi.detach().clone()
+        return starting_points(self._network(), psi, noise, log_joint, num)
+
+    def _network(self) -> RowMap:
+        if self.row_map is None:
+            raise ValueError("The guide has no parameters yet: call guide.setup(...).")
+        return self.row_map
 
     def _fresh_noise(self, num: int) -> Tensor:
         features = self.loc.shape[-1]
@@ -436,37 +460,6 @@ class ConditionalPriorGuide(PyroModule):
             "Check the data, the supports of the observed sites, and the decoder's output."
         )
 
-    def _check_has_query(self, target: ModelOfLatents) -> None:
-        if not target.split:
-            raise ValueError(
-                "No site of the model is split into evidence and query. Condition it by "
-                "pyro_ext.poutine.condition_on(model, data={...}, mask={...})."
-            )
-
-    def _check_parameter_store(self) -> None:
-        """Pyro's store would train what another guide has left there under the same name."""
-        if not torch.is_grad_enabled():
-            return
-        inspection = self._inspected()
-        stored = dict(pyro.get_param_store().named_parameters())
-        other = stored.get(f"{self._pyro_name}.psi")
-        if other is not None and other is not self.psi and self._pyro_context.active:
-            raise ValueError(
-                f"Pyro's parameter store has the parameters of another guide under the name "
-                f"'{self._pyro_name}.psi', and would train those. Call pyro.clear_param_store() "
-                "before, or give this guide another name: ConditionalPriorGuide(..., name='...')."
-            )
-        if inspection.learned and other is not None:
-            shown = sorted(inspection.learned)[:3]
-            self._inspection = inspection._replace(learned=frozenset())
-            warnings.warn(
-                f"The model shows its own parameters ({', '.join(shown)}, ...) to the optimizer, "
-                "which trains them together with the guide. Give SVI "
-                "pyro_ext.poutine.frozen(model) to keep what it has learned.",
-                SamplingWarning,
-                stacklevel=3,
-            )
-
 
 @contextmanager
 def _inside(plates: Mapping[str, Any], frames: Collection[Any]) -> Iterator[None]:
@@ -474,26 +467,3 @@ def _inside(plates: Mapping[str, Any], frames: Collection[Any]) -> Iterator[None
         for frame in frames:
             stack.enter_context(plates[frame.name])
         yield
-
-
-def _check_query(
-    query: Tensor | Mapping[str, Tensor], target: ModelOfLatents
-) -> dict[str, Tensor]:
-    names = target.split
-    if isinstance(query, Tensor):
-        if len(names) != 1:
-            raise ValueError(f"Give the values of the sites {names} by name, in a dictionary.")
-        query = {names[0]: query}
-    for name in names:
-        if name not in query:
-            raise ValueError(f"query has no value of site {name!r}; it needs those of {names}.")
-        shape = target.fill[name].shape
-        if query[name].shape != shape:
-            raise ValueError(
-                f"Site {name!r} has values of shape {tuple(shape)}, but the query has one of "
-                f"shape {tuple(query[name].shape)}."
-            )
-    unknown = sorted(set(query) - set(names))
-    if unknown:
-        raise ValueError(f"query has values of {unknown}, but only {names} have free elements.")
-    return {name: query[name] for name in names}

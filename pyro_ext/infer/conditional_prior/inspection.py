@@ -21,7 +21,14 @@ from ...poutine.frozen import FrozenMessenger
 from ...poutine.sites import delta, is_subsample, shares_storage
 from .sites import LatentSite, Structure
 
-__all__ = ["Inspection", "inspect_model", "latent_nodes", "observed_nodes", "run_model"]
+__all__ = [
+    "Inspection",
+    "inspect_model",
+    "latent_nodes",
+    "observed_nodes",
+    "run_model",
+    "sample_nodes",
+]
 
 _TRIES_TO_DIFFER = 20
 
@@ -77,18 +84,27 @@ def run_model(
 ) -> poutine.Trace:
     """One run that leaves the model as it is and that nothing around it sees."""
     if values is not None:
-        model = poutine.condition(model, values)  # type: ignore[arg-type]
+        model = poutine.condition(model, dict(values))
     with poutine.block(), FrozenMessenger():
         return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def sample_nodes(trace: poutine.Trace) -> dict[str, Any]:
+    """All sample sites in a trace but the choices of plates."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {
+        name: node
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not is_subsample(node)
+    }
 
 
 def latent_nodes(trace: poutine.Trace) -> dict[str, Any]:
     """The random choices in a trace that nothing has fixed."""
     return {
         name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and not (node["is_observed"] or is_subsample(node) or delta(node["fn"]) is not None)
+        for name, node in sample_nodes(trace).items()
+        if not (node["is_observed"] or delta(node["fn"]) is not None)
     }
 
 
@@ -96,16 +112,13 @@ def observed_nodes(trace: poutine.Trace) -> dict[str, Any]:
     """The observed sites of a trace that have a density."""
     return {
         name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and node["is_observed"] and delta(node["fn"]) is None
+        for name, node in sample_nodes(trace).items()
+        if node["is_observed"] and delta(node["fn"]) is None
     }
 
 
 def _check_same_sites(first: poutine.Trace, second: poutine.Trace) -> None:
-    a, b = (
-        {n: node for n, node in t.nodes.items() if node["type"] == "sample"}
-        for t in (first, second)
-    )
+    a, b = sample_nodes(first), sample_nodes(second)
     for name in sorted(a.keys() ^ b.keys()):
         raise ModelStructureError(
             f"Site {name!r} occurs in one run of the model and not in another. The sites of a "
@@ -113,7 +126,7 @@ def _check_same_sites(first: poutine.Trace, second: poutine.Trace) -> None:
         )
     for name, node in a.items():
         shapes = [getattr(n["value"], "shape", None) for n in (node, b[name])]
-        if not is_subsample(node) and shapes[0] != shapes[1]:
+        if shapes[0] != shapes[1]:
             raise ModelStructureError(
                 f"Site {name!r} had shape {tuple(shapes[0] or ())} in one run of the model and "
                 f"{tuple(shapes[1] or ())} in another. Shapes must not depend on random values."
@@ -121,7 +134,8 @@ def _check_same_sites(first: poutine.Trace, second: poutine.Trace) -> None:
 
 
 def _check_plates(trace: poutine.Trace) -> None:
-    for name, node in trace.nodes.items():
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, node in nodes.items():
         if node["type"] != "sample" or not is_subsample(node):
             continue
         if node["fn"].subsample_size not in (None, node["fn"].size):
@@ -216,8 +230,9 @@ def _vectorized_frames(node: Mapping[str, Any]) -> set[Any]:
 
 def _check_supports(structure: Structure, other: poutine.Trace) -> None:
     """Bounds that move with other latents would make the constraint another one in every draw."""
+    nodes = sample_nodes(other)
     for site in structure.sites:
-        node = other.nodes[site.name]
+        node = nodes[site.name]
         u = torch.zeros(*site.batch_shape, *site.event_shape).to(node["value"])
         values = (site.transform(u), biject_to(node["fn"].support)(u))
         if not torch.equal(*values):
@@ -235,8 +250,9 @@ def _check_free_elements(
 ) -> None:
     """Given the latents, nothing may depend on what was not observed (observation 1)."""
     free: dict[str, Tensor] = {}
-    for name, node in trace.nodes.items():
-        evidence = evidence_of(node) if node["type"] == "sample" else None
+    nodes = sample_nodes(trace)
+    for name, node in nodes.items():
+        evidence = evidence_of(node)
         if evidence is not None and not bool(evidence.mask.all()):
             whole = evidence.units.to_event(evidence.event_dims)
             other = node["value"].clone()
@@ -247,14 +263,12 @@ def _check_free_elements(
     if not free:
         return
     values = {name: node["value"] for name, node in latent_nodes(trace).items()}
-    with FillFreeElements({name: trace.nodes[name]["value"] for name in free}):
-        first = run_model(model, args, kwargs, values)
+    with FillFreeElements({name: nodes[name]["value"] for name in free}):
+        first = sample_nodes(run_model(model, args, kwargs, values))
     with FillFreeElements(free):
-        second = run_model(model, args, kwargs, values)
-    for name in first.nodes:
-        if not _has_density(first.nodes[name]):
-            continue
-        if not _same_log_prob(first.nodes[name], second.nodes[name]):
+        second = sample_nodes(run_model(model, args, kwargs, values))
+    for name, node in first.items():
+        if delta(node["fn"]) is None and not _same_log_prob(node, second[name]):
             raise ValueError(
                 f"Site {name!r} depends on elements of {sorted(free)} that are not observed, "
                 "beside the latents: these would have to be inferred too. Make them latent sites "
@@ -287,9 +301,9 @@ def _check_no_encoder(
     ):
         return
     values = {name: node["value"] for name, node in latent_nodes(trace).items()}
-    other = run_model(model, other_args, other_kwargs, values)
+    others = sample_nodes(run_model(model, other_args, other_kwargs, values))
     for name, node in chosen.items():
-        if not _same_log_prob(node, other.nodes[name]):
+        if not _same_log_prob(node, others[name]):
             raise ValueError(
                 f"The distribution of latent site {name!r} depends on the evidence itself: an "
                 "encoder is left in the model. Give a model in which it has its prior, as in the "
@@ -300,10 +314,6 @@ def _check_no_encoder(
 def _given(node: Mapping[str, Any]) -> Tensor | None:
     evidence = evidence_of(node)
     return node["value"] if evidence is None else evidence.given
-
-
-def _has_density(node: Mapping[str, Any]) -> bool:
-    return node["type"] == "sample" and not is_subsample(node) and delta(node["fn"]) is None
 
 
 def _same_log_prob(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -337,7 +347,7 @@ def _warn_of_ignored_latents(
     variables = [value for value in values.values() if value.requires_grad]
     with torch.enable_grad():
         run = run_model(model, args, kwargs, values)
-        run.compute_log_prob(site_filter=lambda name, site: _has_density(site))
+        run.compute_log_prob(site_filter=lambda name, site: not is_subsample(site))
     names = []
     for name, node in observed_nodes(run).items():
         evidence = evidence_of(node)

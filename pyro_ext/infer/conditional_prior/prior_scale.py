@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import ComposeTransform, IndependentTransform, Transform
 
-from .inspection import run_model
+from .inspection import run_model, sample_nodes
 from .sites import Structure, pack
 
 __all__ = ["prior_loc_scale"]
@@ -57,8 +57,9 @@ def _moments(trace: poutine.Trace, structure: Structure) -> tuple[Tensor, Tensor
     """Means and variances given what the sites depend on in this run."""
     means: dict[str, Tensor] = {}
     variances: dict[str, Tensor] = {}
+    nodes = sample_nodes(trace)
     for site in structure.sites:
-        fn = trace.nodes[site.name]["fn"]
+        fn = nodes[site.name]["fn"]
         moments = _exact(fn) if _is_identity(site.transform) else None
         if moments is None:
             draws = site.transform.inv(fn.sample((_DRAWS,)))
@@ -66,8 +67,8 @@ def _moments(trace: poutine.Trace, structure: Structure) -> tuple[Tensor, Tensor
         shape = site.batch_shape + site.event_shape
         means[site.name], variances[site.name] = (m.expand(shape) for m in moments)
     mean, variance = pack(means, structure), pack(variances, structure)
-    shape = (structure.num_rows, structure.features)
-    return mean.reshape(shape), variance.reshape(shape)
+    rows_and_features = (structure.num_rows, structure.features)
+    return mean.reshape(rows_and_features), variance.reshape(rows_and_features)
 
 
 def _exact(fn: Any) -> tuple[Tensor, Tensor] | None:

@@ -62,6 +62,17 @@ class RowMap(nn.Module, ABC):
             ``(rows, draws)``.
         """
 
+    def centred(self, psi: Tensor, loc: Tensor, scale: float) -> Tensor | None:
+        """
+        Parameters that put the latents around other places.
+
+        :param Tensor psi: present parameters, shape ``(rows, num_parameters)``.
+        :param Tensor loc: where the latents should lie, shape ``(rows, features)``.
+        :param float scale: how much the last affine map should shrink.
+        :returns: new parameters, or ``None`` for a map that does not end in an affine one.
+        """
+        return None
+
 
 class Chain(RowMap):
     """
@@ -94,6 +105,12 @@ class Chain(RowMap):
             latents, log_det_of_one = each.to_noise(latents, part)
             log_det = log_det + log_det_of_one
         return latents, log_det
+
+    def centred(self, psi: Tensor, loc: Tensor, scale: float) -> Tensor | None:
+        """See :meth:`RowMap.centred`."""
+        *others, last = self._split(psi)
+        centred = self.maps[-1].centred(last, loc, scale)
+        return None if centred is None else torch.cat([*others, centred], -1)
 
     def _split(self, psi: Tensor) -> list[Tensor]:
         return list(psi.split([each.num_parameters for each in self.maps], -1))
