@@ -306,13 +306,12 @@ def _without_repetitions(program: Program) -> Program:
     return _needed(program._replace(operations=operations, outputs=outputs))
 
 
-def graph_module(program: Program, structure: TreeSpec) -> fx.GraphModule:
+def graph_module(program: Program) -> fx.GraphModule:
     """
     The program as generated Python code.
 
     :param Program program: the operations.
-    :param TreeSpec structure: of the result.
-    :returns: a module that maps the inputs to the outputs.
+    :returns: a module that maps the inputs to the tuple of outputs.
     """
     root = torch.nn.Module()
     graph = fx.Graph()
@@ -330,5 +329,5 @@ def graph_module(program: Program, structure: TreeSpec) -> fx.GraphModule:
             if result is not None and result in used:
                 part = node if operation.returns_one else graph.call_function(getitem, (node, i))
                 nodes[result] = part
-    graph.output(tree_unflatten([nodes[number] for number in program.outputs], structure))
+    graph.output(tuple(nodes[number] for number in program.outputs))
     return fx.GraphModule(root, graph)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.func import grad, vmap
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
 
 from .batching import BatchedProgram
 from .picks import joint_picks
-from .program import RecordingError, graph_module, trace
+from .program import Program, RecordingError, graph_module, trace
 
 __all__ = ["RecordedFunction", "flatten", "record"]
 
@@ -26,13 +26,21 @@ class RecordedFunction:
     It can be differentiated in every way, batched with :func:`torch.func.vmap`, traced, compiled
     and pickled like any other function of tensors.
 
-    :param fx.GraphModule module: the operations.
+    :param module: the operations; returns a tuple of tensors. It may be compiled.
+    :param template: what the function returns, with the position of a tensor in its place.
     :param int num_recorded: operations that the function ran when it was recorded.
     :param int num_operations: operations that are left.
     """
 
-    def __init__(self, module: fx.GraphModule, num_recorded: int, num_operations: int) -> None:
+    def __init__(
+        self,
+        module: Callable[..., tuple[Tensor, ...]],
+        template: Any,
+        num_recorded: int,
+        num_operations: int,
+    ) -> None:
         self.module = module
+        self.template = template
         self.num_recorded = num_recorded
         self.num_operations = num_operations
 
@@ -43,7 +51,8 @@ class RecordedFunction:
         :param Tensor inputs: of the shapes and dtypes of the examples.
         :returns: what the recorded function returned.
         """
-        return self.module.forward(*inputs)
+        outputs = self.module(*inputs)
+        return tree_map(outputs.__getitem__, self.template)
 
     def __repr__(self) -> str:
         return (
@@ -92,9 +101,7 @@ def record(function: Callable[[Tensor], Any], example: Tensor) -> RecordedFuncti
         alone = BatchedProgram(program, fewest=len(program.operations) + 1)
         programs.append(joint_picks(trace(alone, example)[0]))
     shortest = min(programs, key=lambda p: len(p.operations))
-    recorded = RecordedFunction(
-        graph_module(shortest, structure), len(program.operations), len(shortest.operations)
-    )
+    recorded = _recorded(shortest, structure, len(program.operations))
     both = torch.stack([example.detach(), _nearby(example)])
     _compare(vmap(recorded), lambda x: _stacked([function(row) for row in x]), both)
     _compare(_derivative(recorded), _derivative(function), example.detach())
@@ -107,7 +114,7 @@ def flatten(function: Callable[..., Any], *examples: Tensor) -> RecordedFunction
 
     What ``vmap`` and the transforms of :mod:`torch.func` do in each call, working out which
     operations to run, is done here, once: for small tensors that is most of the time. The result
-    is for the shapes of the examples; compiling it takes no further tracing.
+    is for the shapes of the examples. Compiling its ``module`` takes no further tracing.
 
     :param function: maps tensors to a tensor or a nest of tensors. It must run the same
         operations for all inputs of these shapes.
@@ -122,13 +129,16 @@ def flatten(function: Callable[..., Any], *examples: Tensor) -> RecordedFunction
     torch.Size([5, 3, 3])
     """
     program, structure = trace(function, *map(_checked, examples))
-    shorter = joint_picks(program)
-    recorded = RecordedFunction(
-        graph_module(shorter, structure), len(program.operations), len(shorter.operations)
-    )
+    recorded = _recorded(joint_picks(program), structure, len(program.operations))
     for inputs in ([x.detach() for x in examples], [_nearby(x) for x in examples]):
         _compare(recorded, function, *inputs)
     return recorded
+
+
+def _recorded(program: Program, structure: TreeSpec, num_recorded: int) -> RecordedFunction:
+    module = graph_module(program)
+    template = tree_unflatten(list(range(structure.num_leaves)), structure)
+    return RecordedFunction(module, template, num_recorded, len(program.operations))
 
 
 def _checked(example: Tensor) -> Tensor:

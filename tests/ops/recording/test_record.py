@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.distributions import Distribution
 from torch.func import jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_ext.ops.recording import flatten, record
+from pyro_ext.ops.recording import RecordedFunction, flatten, record
 from tests.ops.recording.functions import FUNCTIONS, Example
 
 Function = Callable[[Tensor], Tensor]
@@ -51,13 +51,13 @@ def test_values_and_derivatives(
 def test_what_is_repeated_runs_as_one(example: Example) -> None:
     recorded = record(example.make(), torch.randn(example.dim))
     assert recorded.num_operations <= example.most_operations
-    assert len([node for node in recorded.module.graph.nodes if _computes(node)]) == (
-        recorded.num_operations
-    )
+    assert _num_calls(recorded) == recorded.num_operations
 
 
-def _computes(node: Any) -> bool:
-    return node.op == "call_function" and "getitem" not in str(node.target)
+def _num_calls(recorded: RecordedFunction) -> int:
+    assert isinstance(recorded.module, fx.GraphModule)
+    calls = [node for node in recorded.module.graph.nodes if node.op == "call_function"]
+    return sum("getitem" not in str(node.target) for node in calls)
 
 
 @each_function
@@ -101,7 +101,7 @@ def test_compiled() -> None:
     # the compiler cannot look through forward mode; recorded as it is there is nothing to see
     try:
         values = torch.compile(vmap(recorded), dynamic=False)(inputs)
-        jacobians = torch.compile(flatten(jacobian, inputs).module, dynamic=False)(inputs)
+        (jacobians,) = torch.compile(flatten(jacobian, inputs).module, dynamic=False)(inputs)
     finally:
         Distribution.set_default_validate_args(is_enabled)  # which the compiler switches off
         torch.compiler.reset()
@@ -109,13 +109,20 @@ def test_compiled() -> None:
     torch.testing.assert_close(jacobians, vmap(jacfwd(function))(inputs))
 
 
-def test_nests_of_outputs() -> None:
-    def function(u: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        return u[0].exp(), {"list": [u, torch.ones(2), u[1:], (u > 0)]}
+class Pair(NamedTuple):
+    first: Tensor
+    rest: dict[str, list[Tensor]]
 
-    recorded = record(function, torch.randn(3))
+
+def test_nests_of_outputs() -> None:
+    def function(u: Tensor) -> Pair:
+        return Pair(u[0].exp(), {"list": [u, torch.ones(2), u[1:], (u > 0)]})
+
     u = torch.randn(3)
-    torch.testing.assert_close(recorded(u), function(u), rtol=0, atol=0)
+    for recorded in (record(function, torch.randn(3)), flatten(function, torch.randn(3))):
+        actual = pickle.loads(pickle.dumps(recorded))(u)
+        assert isinstance(actual, Pair)
+        torch.testing.assert_close(actual, function(u), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("float32")
@@ -237,6 +244,7 @@ def test_overwritten_values_are_not_computed() -> None:
         return out * 2
 
     recorded = record(function, torch.randn(3))
+    assert isinstance(recorded.module, fx.GraphModule)
     assert "sin" not in recorded.module.code
     torch.testing.assert_close(recorded(torch.ones(3)), torch.full((3,), 2.0))
 
