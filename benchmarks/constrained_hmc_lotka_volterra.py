@@ -87,9 +87,13 @@ def timed(store: dict[str, Timer], name: str) -> Iterator[None]:
 
 
 def run_ours(seed: int, chains: int, warmup: int, draws: int, **settings: object) -> Run:
-    pyro.set_rng_seed(seed)
     conditioned = pyro.condition(simulator.model, {"x": simulator.observed_data()})
     kernel = ConstrainedHMC(conditioned, constraint_tol=TOLERANCE, **settings)
+    return run_kernel(kernel, seed, chains, warmup, draws)
+
+
+def run_kernel(kernel: ConstrainedHMC, seed: int, chains: int, warmup: int, draws: int) -> Run:
+    pyro.set_rng_seed(seed)
     marks: dict[str, tuple[float, float]] = {}
 
     def hook(kernel: object, params: object, stage: str, i: int) -> None:
@@ -399,6 +403,12 @@ def machine() -> str:
         return platform.processor() or platform.machine()
 
 
+def set_up() -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    jax.config.update("jax_enable_x64", True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", nargs="?", choices=("all", "efficiency", "scaling"), default="all")
@@ -406,9 +416,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8, help="steps timed per size")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled run")
     args = parser.parse_args()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    jax.config.update("jax_enable_x64", True)
+    set_up()
     if args.part in ("all", "efficiency"):
         efficiency(args.seeds, not args.no_compile)
     if args.part in ("all", "scaling"):

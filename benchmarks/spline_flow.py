@@ -19,8 +19,6 @@ says what each library runs.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import os
 import statistics
 import sys
@@ -36,6 +34,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 from torch import Tensor
 
+from benchmarks._memory import growth
 from benchmarks._report import progress, threads_in_words, write_table
 from benchmarks.peers.spline_flows import (
     AUTOREGRESSIVE,
@@ -381,28 +380,6 @@ def saved_for_backward(flow: BuiltFlow, x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         flow.log_prob(x).mean()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def growth(operation: Callable[[], object], device: str) -> int:
-    """Bytes by which the memory in use grows at most during an operation."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        operation()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the highest resident set starts anew
-    before = resident("VmRSS")
-    operation()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(field + ":"))
-    return 1024 * int(line.split()[1])
 
 
 PARTS = {

@@ -37,8 +37,10 @@ __all__ = [
     "THETA_TRUE",
     "ExactPosterior",
     "Marginal",
+    "data_by_steps",
     "exact_posterior",
     "model",
+    "model_by_steps",
     "normals_from_parameters",
     "observed_data",
     "one_step_mean",
@@ -124,6 +126,38 @@ def model() -> Tensor:
     theta = pyro.sample("theta", _prior())
     noise = pyro.sample("noise", _standard_normal(NUM_STEPS, 2))
     return pyro.deterministic("x", simulate(theta, noise))
+
+
+def model_by_steps(num_steps: int = NUM_STEPS) -> None:
+    """
+    Draw parameters and noise, and simulate, with a deterministic site for every step.
+
+    Conditioned on :func:`data_by_steps`, a step continues from the *observed* state before it. The
+    inputs that reproduce the data are the same as for :func:`model`, but every noise now touches
+    one step alone, which makes sampling much faster::
+
+        conditioned = pyro.condition(model_by_steps, data_by_steps(observed_data()))
+
+    :param int num_steps: number of Euler-Maruyama steps.
+    """
+    birth, predation, death, growth = pyro.sample("theta", _prior()).unbind(-1)
+    prey, predators = torch.tensor(INITIAL_POPULATIONS, dtype=birth.dtype)
+    for t in range(num_steps):
+        noise = pyro.sample(f"noise_{t}", _standard_normal(2))
+        mean = [
+            prey * (1 + birth - predation * predators),
+            predators * (1 - death + growth * prey),
+        ]
+        prey, predators = pyro.deterministic(f"x_{t}", torch.stack(mean) + noise).unbind(-1)
+
+
+def data_by_steps(x: Tensor) -> dict[str, Tensor]:
+    """
+    Observations by the names of the sites of :func:`model_by_steps`.
+
+    :param Tensor x: populations after every step, shape ``(num_steps, 2)``.
+    """
+    return {f"x_{t}": x_t for t, x_t in enumerate(x)}
 
 
 def tractable_model(x: Tensor | None = None) -> Tensor:
