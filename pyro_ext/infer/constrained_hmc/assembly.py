@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...errors import VectorizationWarning
 from ...ops.recording import RecordingError, record
 from .cost import is_cheap_dense
-from .defects import find_defect
+from .defects import find_misplaced, has_lost_digits
 from .detection import choose_dense, choose_structure, possible_modes, recorded_system
 from .guard import GuardedSystem
 from .model import ConstrainedModel
@@ -125,8 +125,7 @@ def settle(assembly: Assembly, positions: Tensor, preferences: Preferences) -> A
     if isinstance(system.structure, DenseStructure):
         is_settled = pattern.is_complete and preferences.structure == "auto"
     else:
-        scale = torch.ones_like(positions[0])
-        is_settled = find_defect(system, system.point(positions, scale), scale) is None
+        is_settled = _holds(system, positions)
     if is_settled:
         return assembly
     starts = positions[:_STARTS]
@@ -140,12 +139,21 @@ def settle(assembly: Assembly, positions: Tensor, preferences: Preferences) -> A
     return settled
 
 
+def _holds(system: ConstrainedSystem, positions: Tensor) -> bool:
+    """Whether a structure is right and accurate at some positions."""
+    scale, vector = torch.ones_like(positions[0]), torch.randn_like(positions)
+    point, product = system.point(positions, scale), system.product(positions, vector, scale)
+    is_right = find_misplaced(system, point, scale, vector, product) is None
+    return is_right and not has_lost_digits(point)
+
+
 def guarded_system(
     assembly: Assembly,
     model: ConstrainedModel,
     positions: Tensor,
     preferences: Preferences,
     *,
+    check_interval: int,
     compile: bool,
 ) -> GuardedSystem:
     """
@@ -155,6 +163,7 @@ def guarded_system(
     :param model: the conditioned model.
     :param Tensor positions: starting points of all chains, ``(chains, dim)``.
     :param preferences: as for :func:`assemble`.
+    :param int check_interval: points per check of the structure.
     :param bool compile: whether to compile it to native code.
     """
 
@@ -166,7 +175,9 @@ def guarded_system(
         assembly.report,
         dense,
         model.structure,
-        len(positions) if compile else None,
+        len(positions),
+        check_interval=check_interval,
+        compile=compile,
     )
 
 

@@ -78,7 +78,9 @@ class BlockJacobian(NamedTuple):
         blocks, remaining = self.partition.split_rows(residual)
         rest = multiply(self.whitening, blocks.unsqueeze(1))[:, 0]
         moment = rest.flatten(1).unsqueeze(1) @ self.whitened[:, k:].flatten(2).mT
-        shared = (moment @ self.core + remaining.unsqueeze(1) @ self.lift.mT).squeeze(1)
+        shared = (moment @ self.core).squeeze(1)
+        if remaining.shape[1] > 0:
+            shared = shared + (remaining.unsqueeze(1) @ self.lift.mT).squeeze(1)
         rest = rest - _combine(self.whitened[:, k:], shared)
         local = (self.whitened[:, :k] * rest.unsqueeze(1)).sum(2)
         return self.partition.join_columns(local, shared)

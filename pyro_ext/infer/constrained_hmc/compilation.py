@@ -1,4 +1,4 @@
-"""Record a batched function as one graph and compile it to native code."""
+"""Record the functions of a system for one number of chains, and compile them to native code."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .structure import DenseJacobian
+from ...ops.recording import RecordingError, flatten
+from .structure import Jacobian
 from .system import ConstrainedSystem, Point
 
-__all__ = ["CompiledSystem"]
+__all__ = ["RecordedSystem"]
 
-BatchedFunction = Callable[[Tensor, Tensor], Any]
+BatchedFunction = Callable[..., Any]
 
 
-class CompiledSystem:
+class RecordedSystem:
     """
-    A constrained system whose functions run as native code for one number of chains.
+    A constrained system whose functions are lists of tensor operations for one number of chains.
 
     Recording sees through Pyro's handlers, ``vmap`` and differentiation, so that only tensor
-    operations are left; other batch sizes run uncompiled. A function is compiled when it is first
-    called.
+    operations are left. Other batch sizes run as they are. A function is recorded when it is
+    first called.
 
-    :param system: the system to compile.
-    :param int num_chains: the batch size to compile for.
+    :param system: the system to record.
+    :param int num_chains: the batch size to record for.
+    :param bool compile: also compile the operations to native code.
     """
 
-    def __init__(self, system: ConstrainedSystem, num_chains: int) -> None:
+    def __init__(self, system: ConstrainedSystem, num_chains: int, *, compile: bool) -> None:
         self.is_vectorized = system.is_vectorized
         self._system = system
         self._num_chains = num_chains
-        self._compiled: dict[str, BatchedFunction] = {}
+        self._is_compiled = compile
+        self._recorded: dict[str, BatchedFunction] = {}
 
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
         """See :meth:`ConstrainedSystem.constraint`."""
@@ -48,9 +51,9 @@ class CompiledSystem:
         value: Tensor = self._call("jacobian_matrix", position, scale)
         return value
 
-    def jacobian(self, position: Tensor, scale: Tensor) -> DenseJacobian:
+    def jacobian(self, position: Tensor, scale: Tensor) -> Jacobian:
         """See :meth:`ConstrainedSystem.jacobian`."""
-        value: DenseJacobian = self._call("jacobian", position, scale)
+        value: Jacobian = self._call("jacobian", position, scale)
         return value
 
     def point(self, position: Tensor, scale: Tensor) -> Point:
@@ -58,28 +61,45 @@ class CompiledSystem:
         value: Point = self._call("point", position, scale)
         return value
 
-    def _call(self, name: str, position: Tensor, scale: Tensor) -> Any:
+    def product(self, position: Tensor, vector: Tensor, scale: Tensor) -> Tensor:
+        """See :meth:`ConstrainedSystem.product`."""
+        value: Tensor = self._call("product", position, vector, scale)
+        return value
+
+    def _call(self, name: str, *arguments: Tensor) -> Any:
         function = getattr(self._system, name)
-        if len(position) != self._num_chains:
-            return function(position, scale)
-        if name not in self._compiled:
-            self._compiled[name] = _compile(function, position, scale)
-        return self._compiled[name](position, scale)
+        if len(arguments[0]) != self._num_chains:
+            return function(*arguments)
+        if name not in self._recorded:
+            self._recorded[name] = _record(function, arguments, compile=self._is_compiled)
+        return self._recorded[name](*arguments)
 
 
-def _compile(function: BatchedFunction, position: Tensor, scale: Tensor) -> BatchedFunction:
-    spec = tree_flatten(function(position, scale))[1]
+def _record(
+    function: BatchedFunction, examples: tuple[Tensor, ...], *, compile: bool
+) -> BatchedFunction:
+    leaves, spec = tree_flatten(function(*examples))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-    def flat(position: Tensor, scale: Tensor) -> list[Tensor]:
-        return tree_flatten(function(position, scale))[0]
+    def tensors(*arguments: Tensor) -> list[Tensor]:
+        parts = tree_flatten(function(*arguments))[0]
+        return [parts[i] for i in places]
 
-    graph = make_fx(flat)(position, scale)
-    compiled = torch.compile(graph, dynamic=False)
-    with _validation_kept():
-        compiled(position, scale)
+    run: Callable[..., list[Tensor]] = tensors
+    try:
+        run = flatten(tensors, *examples)
+    except RecordingError:
+        run = make_fx(tensors)(*examples) if compile else tensors
+    if compile:
+        run = torch.compile(run, dynamic=False)
+        with _validation_kept():
+            run(*examples)
 
-    def call(position: Tensor, scale: Tensor) -> Any:
-        return tree_unflatten(list(compiled(position, scale)), spec)
+    def call(*arguments: Tensor) -> Any:
+        results = list(leaves)  # what is no tensor is the same at every position
+        for place, value in zip(places, run(*arguments), strict=True):
+            results[place] = value
+        return tree_unflatten(results, spec)
 
     return call
 

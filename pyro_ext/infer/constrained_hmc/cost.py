@@ -21,7 +21,7 @@ from .system import ConstrainedSystem
 
 __all__ = ["is_cheap_dense", "step_cost"]
 
-_ELEMENTS_PER_CALL = 10_000  # elements computed in the time that calling an operation takes
+_ELEMENTS_PER_CALL = 5_000  # elements computed in the time that calling an operation takes
 _MULTIPLICATIONS_PER_ELEMENT = 4  # done by a matrix product in the time of one element
 _CALLS_OF_STRUCTURE = 100  # that a structured Jacobian adds to a step, at least
 _SOLUTIONS_PER_STEP = 10  # minimum-norm solutions: momenta, and projections there and back

@@ -5,29 +5,41 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ...errors import SamplingWarning
-from .compilation import CompiledSystem
-from .defects import Defect, find_defect
+from .compilation import RecordedSystem
+from .defects import Misplaced, find_misplaced, has_lost_digits
 from .inspection import ModelStructure
-from .structure import Jacobian
-from .system import ConstrainedSystem, Point, System
+from .structure import DenseStructure, Jacobian
+from .system import ConstrainedSystem, Point
 
 __all__ = ["GuardedSystem"]
 
 _MOST_NAMES = 4
+_LOST_DIGITS = (
+    "Outputs nearly stopped depending on their local inputs, where the structure of the Jacobian "
+    "costs digits; from here on it is treated as dense. Pass structure='dense' to do so from the "
+    "start."
+)
 
 
 class GuardedSystem:
     """
-    The system of a run: compiled if that is asked for, and reviewed between transitions.
+    The system of a run: recorded, compiled if that is asked for, and checked as it runs.
+
+    Every so many points, accepted or not, the structured Jacobian is compared with a product of
+    the true one: beyond the pattern the density is wrong, and may keep the chains from where that
+    would be seen.
 
     :param system: the system, with the structure chosen for it.
     :param str report: why its Jacobians are computed as they are, in a line.
     :param dense: makes the system without structure, and says in a line what it is.
     :param names: the model's structure, for the names of sites.
-    :param num_chains: the batch size to compile for, ``None`` to leave the system uncompiled.
+    :param int num_chains: chains of the run.
+    :param int check_interval: points per check.
+    :param bool compile: whether to compile the system.
     """
 
     def __init__(
@@ -36,13 +48,20 @@ class GuardedSystem:
         report: str,
         dense: Callable[[], tuple[ConstrainedSystem, str]],
         names: ModelStructure,
-        num_chains: int | None,
+        num_chains: int,
+        *,
+        check_interval: int,
+        compile: bool,
     ) -> None:
         self.is_vectorized = system.is_vectorized
         self.report = report
         self._names = names
         self._dense = dense
         self._num_chains = num_chains
+        self._is_compiled = compile
+        self._check_interval = check_interval
+        self._num_points = self._num_reviews = 0
+        self._misplaced: Misplaced | None = None
         self._plain = system
         self._current = self._prepared(system)
 
@@ -60,47 +79,62 @@ class GuardedSystem:
 
     def point(self, position: Tensor, scale: Tensor) -> Point:
         """See :meth:`.system.ConstrainedSystem.point`."""
-        return self._current.point(position, scale)
+        point = self._current.point(position, scale)
+        self._num_points += 1
+        if self._has_structure and self._num_points % self._check_interval == 0:
+            vector = torch.randn_like(position)
+            product = self._current.product(position, vector, scale)
+            misplaced = find_misplaced(self._plain, point, scale, vector, product)
+            self._misplaced = self._misplaced or misplaced
+        return point
 
     def review(self, point: Point, scale: Tensor) -> Point:
         """
-        Look whether the structure holds where the chains are, and give it up if it does not.
+        Give the structure up if it was found not to hold, or costs digits; after every draw.
 
         :param point: where the chains are.
         :param Tensor scale: scale of each input, ``(dim,)``.
         :returns: the same point; with dense Jacobians from the time that structure is given up.
         """
-        defect = find_defect(self._plain, point, scale)
-        if defect is None:
+        if not self._has_structure:
             return point
-        warnings.warn(self._complaint(defect), SamplingWarning, stacklevel=3)
+        self._num_reviews += 1
+        if self._misplaced is not None:
+            complaint = _misplaced_message(self._misplaced, self._names)
+        elif self._num_reviews % self._check_interval == 0 and has_lost_digits(point):
+            complaint = _LOST_DIGITS
+        else:
+            return point
+        warnings.warn(complaint, SamplingWarning, stacklevel=3)
         self._plain, report = self._dense()
         self.report = f"{report}, since {self.report} did not hold"
         self._current = self._prepared(self._plain)
         return self._current.point(point.position, scale)
 
-    def _prepared(self, system: ConstrainedSystem) -> System:
-        return system if self._num_chains is None else CompiledSystem(system, self._num_chains)
+    @property
+    def _has_structure(self) -> bool:
+        return not isinstance(self._plain.structure, DenseStructure)
 
-    def _complaint(self, defect: Defect) -> str:
-        if not defect.rows:
-            return (
-                "Outputs nearly stopped depending on their local inputs, where the structure of "
-                "the Jacobian costs digits; from here on it is treated as dense. Pass "
-                "structure='dense' to do so from the start."
-            )
-        outputs = [self._names.constraint_name(row) for row in defect.rows]
-        inputs = [
-            site.name
-            for site in self._names.latents
-            if any(site.start <= column < site.stop for column in defect.columns)
-        ]
-        return (
-            f"Outputs {_listed(outputs)} turn out to depend on inputs that they did not depend on "
-            f"at the start: {outputs[0]!r} on {_listed(inputs)}. From here on the Jacobian is "
-            "treated as dense; draws since the last check (structure_check_interval) may be "
-            "slightly off. Pass structure='dense' to do so from the start."
-        )
+    def _prepared(self, system: ConstrainedSystem) -> ConstrainedSystem | RecordedSystem:
+        # many operations take longer to record than a short run lasts
+        if not (self._is_compiled or system.has_recorded_derivatives):
+            return system
+        return RecordedSystem(system, self._num_chains, compile=self._is_compiled)
+
+
+def _misplaced_message(misplaced: Misplaced, names: ModelStructure) -> str:
+    outputs = [names.constraint_name(row) for row in misplaced.rows]
+    inputs = [
+        site.name
+        for site in names.latents
+        if any(site.start <= column < site.stop for column in misplaced.columns)
+    ]
+    return (
+        f"Outputs {_listed(outputs)} turn out to depend on inputs that they did not depend on at "
+        f"the start: {outputs[0]!r} on {_listed(inputs)}. From here on the Jacobian is treated as "
+        "dense; draws since the start may lack where that is so. Run again with "
+        "structure='dense', or with a smaller structure_check_interval."
+    )
 
 
 def _listed(names: list[str]) -> str:

@@ -87,8 +87,9 @@ class ConstrainedHMC(ConstrainedKernel):
         series that acts on what follows it; ``"dense"``: nothing; ``"auto"`` looks at the
         Jacobian, and takes what is found if it is clearly cheaper.
         ``diagnostics()["structure"]`` says what that is.
-    :param int structure_check_interval: draws between two checks that the structure holds where
-        the chains are. Where it does not the kernel warns, and goes on with dense Jacobians.
+    :param int structure_check_interval: integrator steps between two checks that the structure
+        holds where the chains go. Where it does not the kernel warns, and goes on with dense
+        Jacobians.
     :param bool compile: record the model once and compile it to native code with
         :func:`torch.compile`; pays off in long runs.
     :raises ValueError: for arguments out of range, and when a run starts, if the model cannot be

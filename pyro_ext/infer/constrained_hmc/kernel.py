@@ -202,10 +202,8 @@ class ConstrainedKernel(VectorizedKernel):
             if is_adapting:
                 warmup = self._warmup_settings()
                 chains = adapt(self._system, settings, warmup, chains, draw.accept_statistic)
-            if chains.iteration % self.structure_check_interval == 0:
-                point = self._system.review(chains.point, chains.scale)
-                chains = chains._replace(point=point)
-            self._chains = chains
+            point = self._system.review(chains.point, chains.scale)
+            self._chains = chains = chains._replace(point=point)
             self._params = self._to_params(chains)
         self._show(info)
         if not is_warmup:
@@ -306,7 +304,12 @@ class ConstrainedKernel(VectorizedKernel):
         )
         assembly = settle(assembly, position, preferences)
         self._system = guarded_system(
-            assembly, model, position, preferences, compile=self.compile
+            assembly,
+            model,
+            position,
+            preferences,
+            check_interval=self.structure_check_interval,
+            compile=self.compile,
         )
         residual = assembly.system.constraint(position, one).abs().amax(-1)
         self._chains = Chains(

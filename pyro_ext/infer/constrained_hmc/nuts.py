@@ -56,7 +56,7 @@ class ConstrainedNUTS(ConstrainedKernel):
     :param str jacobian_mode: ``"forward"``, ``"reverse"`` or ``"auto"``.
     :param str structure: ``"elementwise"``, ``"autoregressive"``, ``"dense"``, or ``"auto"`` for
         what is found in the Jacobian if it is clearly cheaper.
-    :param int structure_check_interval: draws between two checks that the structure holds.
+    :param int structure_check_interval: steps between two checks that the structure holds.
     :param bool compile: compile the model to native code with :func:`torch.compile`.
     :raises ValueError: for arguments out of range, and when a run starts, if the model cannot be
         sampled exactly; the message names the site and the cure.

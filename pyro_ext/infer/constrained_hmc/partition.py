@@ -136,6 +136,7 @@ class BlockPartition:
     row_places: Tensor  # (num_rows,) place in the flattened rows of blocks, then the remaining
     column_places: Tensor  # (num_columns,) in columns of blocks, then global ones, then a zero
     split: Split
+    has_unused: bool  # whether there are inputs that nothing depends on
 
     @property
     def num_local(self) -> int:
@@ -148,7 +149,10 @@ class BlockPartition:
 
     def join_rows(self, blocks: Tensor, remaining: Tensor) -> Tensor:
         """Inverse of :meth:`split_rows`."""
-        return torch.cat([blocks.flatten(1), remaining], -1)[:, self.row_places]
+        rows = blocks.flatten(1)
+        if len(self.remaining_rows) > 0:
+            rows = torch.cat([rows, remaining], -1)
+        return rows[:, self.row_places]
 
     def split_columns(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """From ``(chains, num_columns)`` to ``(chains, k, blocks)`` and ``(chains, g)``."""
@@ -156,8 +160,10 @@ class BlockPartition:
 
     def join_columns(self, local: Tensor, shared: Tensor) -> Tensor:
         """Inverse of :meth:`split_columns`; columns that nothing depends on are zero."""
-        zero = shared.new_zeros(len(shared), 1)
-        return torch.cat([local.flatten(1), shared, zero], -1)[:, self.column_places]
+        parts = [local.flatten(1), shared]
+        if self.has_unused:
+            parts.append(shared.new_zeros(len(shared), 1))
+        return torch.cat(parts, -1)[:, self.column_places]
 
     def dense(self, columns: Tensor, remaining: Tensor) -> Tensor:
         """
@@ -199,6 +205,7 @@ def partition(split: Split, device: torch.device) -> BlockPartition:
         row_places=tensor(row_places),
         column_places=tensor(column_places),
         split=split,
+        has_unused=bool((split.column_blocks == -2).any()),
     )
 
 

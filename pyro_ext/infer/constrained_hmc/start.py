@@ -66,6 +66,8 @@ def initial_positions(
     def draw(number: int) -> Tensor:
         # given values are used in the first try; chains that they fail are drawn anew
         given = values if number == len(values) else [{}] * number
+        if init_strategy is init_to_sample and structure.is_standard_normal and not any(given):
+            return one.new_empty(number, structure.dim).normal_()  # without running the model
         return torch.stack([model.inputs(chain, init_strategy) for chain in given])
 
     linearize, solve_blocks = _by_blocks(searcher, constraint, one, tolerances)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import jvp, vjp, vmap
 
 from .structure import DenseStructure, Jacobian, Structure
 
@@ -97,6 +97,8 @@ class ConstrainedSystem:
         derivatives = derivatives or self.structure.derivatives(constraint)
         self._derivatives: ScalarFunction = batch(derivatives)
         self._potential: ScalarFunction = batch(potential)
+        products = _reverse_product if self.structure.mode == "reverse" else _forward_product
+        self._products = vmap(products(constraint))
 
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
         """
@@ -111,6 +113,14 @@ class ConstrainedSystem:
     def derivatives(self, inputs: Tensor) -> Tensor:
         """What :attr:`structure` reads Jacobians from, at ``(chains, dim)`` inputs ``u``."""
         return self._derivatives(inputs)
+
+    def product(self, position: Tensor, vector: Tensor, scale: Tensor) -> Tensor:
+        """
+        :math:`Jv` by differentiation, whatever the structure; for vectorised systems.
+
+        :param Tensor vector: shape ``(chains, dim)``.
+        """
+        return self._products(position * scale, vector * scale)
 
     def jacobian_matrix(self, position: Tensor, scale: Tensor) -> Tensor:
         """Jacobian of the constraint, shape ``(chains, num_constraints, dim)``."""
@@ -157,6 +167,26 @@ def project_momentum(jacobian: Jacobian, momentum: Tensor) -> Tensor:
 def total_energy(point: Point, momentum: Tensor) -> Tensor:
     """The Hamiltonian of eq. 6 with identity mass, shape ``(chains,)``."""
     return point.energy + 0.5 * momentum.square().sum(-1)
+
+
+def _forward_product(constraint: ScalarFunction) -> Callable[[Tensor, Tensor], Tensor]:
+    def product(u: Tensor, v: Tensor) -> Tensor:
+        result: Tensor = jvp(constraint, (u,), (v,))[1]
+        return result
+
+    return product
+
+
+def _reverse_product(constraint: ScalarFunction) -> Callable[[Tensor, Tensor], Tensor]:
+    """By the transpose of the transpose, for operations without a forward derivative."""
+
+    def product(u: Tensor, v: Tensor) -> Tensor:
+        outputs, pullback = vjp(constraint, u)[:2]
+        transposed = vjp(lambda cotangent: pullback(cotangent)[0], torch.zeros_like(outputs))[1]
+        result: Tensor = transposed(v)[0]
+        return result
+
+    return product
 
 
 def _loop(function: ScalarFunction) -> ScalarFunction:
