@@ -108,6 +108,7 @@ def make_case(library: str, setting: Setting, draws: int, options: Options) -> C
         operations = make_operations(flow, optimizer, x, draws)
         # the first calls compile, where anything is compiled
         for name in operations if setting.coupling else ("training step", "log_prob"):
+            set_mode(flow, name)
             operations[name]()
     except Exception as error:
         progress(f"{library} failed: {error!r}")
@@ -115,22 +116,24 @@ def make_case(library: str, setting: Setting, draws: int, options: Options) -> C
     return Case(library, flow, operations)
 
 
+def set_mode(flow: BuiltFlow, operation: str) -> None:
+    """Training mode for training, not timed: a loop sets it once."""
+    flow.module.train(operation == "training step")
+
+
 def make_operations(
     flow: BuiltFlow, optimizer: torch.optim.Optimizer, x: Tensor, draws: int
 ) -> dict[str, Callable[[], object]]:
     def training_step() -> None:
-        flow.module.train()
         optimizer.zero_grad(set_to_none=True)
         (-flow.log_prob(x).mean()).backward()
         optimizer.step()
 
     def log_prob() -> Tensor:
-        flow.module.eval()
         with torch.no_grad():
             return flow.log_prob(x)
 
     def sampling() -> Tensor:
-        flow.module.eval()
         with torch.no_grad(), torch.device(x.device):
             return flow.sample(draws)
 
@@ -162,6 +165,7 @@ def run_rounds(cases: Sequence[Case], operations: Sequence[str], options: Option
         for name in operations:
             for case in cases:
                 if case.flow is not None:
+                    set_mode(case.flow, name)
                     spent = timed(case.operations[name], CALLS[name], options.device)
                     times[case.library, name].append(spent)
         progress(f"round {done + 1}, {time.perf_counter() - start:.0f} s")
@@ -359,6 +363,7 @@ def measure_memory(
     make_operations(flow, optimizer, x[:2], 2)["training step"]()
     operations = make_operations(flow, optimizer, x, DRAWS)
     saved = saved_for_backward(flow, x)
+    set_mode(flow, operation)
     grown = growth(operations[operation], options.device)
     return f"{saved / 2**20:.1f}", f"{grown / 2**20:.1f}"
 

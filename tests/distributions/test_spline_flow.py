@@ -593,7 +593,7 @@ def test_compiled_layers_do_the_same(coupling: bool, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(*draws)
     assert Distribution._validate_args == is_validated
 
-    # one program for the layers of all steps: a graph for each direction and mode
+    # one program for all steps in each direction
     functions = compiled.bijection._compiled._functions
     assert len(functions) == (2 if coupling else 1)
     # copies compile for themselves, and transforms see the plain layers

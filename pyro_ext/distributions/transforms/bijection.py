@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ class Bijection(nn.Module, ABC):
 
     worth_compiling: tuple[str, ...] = ()
     """Names of the methods that gain from being native code."""
+
+    is_compiled_with_next: bool = False
+    """Whether ``to_noise`` gains from being compiled together with the layer that follows."""
 
     @abstractmethod
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -72,9 +75,12 @@ class Composite(Bijection):
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply every layer; see :meth:`Bijection.to_noise`."""
         log_det = x.new_zeros(x.shape[: x.dim() - self.event_dim])
-        for bijection in self.bijections:
-            x, log_det_of_one = self._call(bijection, "to_noise", x, context)
-            log_det = log_det + log_det_of_one
+        for first, second in self._steps():
+            if self._compiled is not None and second is not None:
+                x, log_det_of_step = self._compiled.pair_to_noise(first, second, x, context)
+            else:
+                x, log_det_of_step = self._call(first, "to_noise", x, context)
+            log_det = log_det + log_det_of_step
         return x, log_det
 
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -85,11 +91,23 @@ class Composite(Bijection):
             log_det = log_det + log_det_of_one
         return z, log_det
 
+    def _steps(self) -> Iterator[tuple[Bijection, Bijection | None]]:
+        """The layers, in pairs where two are compiled together."""
+        may_pair = self._compiled is not None and can_compile()
+        layers = list(self.bijections)
+        while layers:
+            first = layers.pop(0)
+            is_first_of_pair = may_pair and first.is_compiled_with_next and layers
+            if is_first_of_pair and "to_noise" in layers[0].worth_compiling:
+                yield first, layers.pop(0)
+            else:
+                yield first, None
+
     def _call(
         self, bijection: Bijection, direction: str, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if self._compiled and direction in bijection.worth_compiling and can_compile():
-            return self._compiled(bijection, direction, x, context)
+            return self._compiled.call(bijection, direction, x, context)
         result: tuple[Tensor, Tensor] = getattr(bijection, direction)(x, context)
         return result
 

@@ -22,9 +22,9 @@ class CompiledLayers:
     """
 
     def __init__(self) -> None:
-        self._functions: dict[tuple[type, str], Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._functions: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
 
-    def __call__(
+    def call(
         self, layer: Any, direction: str, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """
@@ -35,15 +35,42 @@ class CompiledLayers:
         :param Tensor x: its first argument.
         :param Tensor context: its second argument.
         """
-        kind = (type(layer), direction)
+        function = getattr(type(layer), direction)
+        return self._run((type(layer), direction), function, layer, x, context)
+
+    def pair_to_noise(
+        self, first: Any, second: Any, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Call ``to_noise`` of two layers, one after the other.
+
+        :param first: the layer next to the data.
+        :param second: the one after it.
+        :param Tensor x: data.
+        :param Tensor context: what both depend on.
+        """
+        kind = (type(first), type(second))
+        return self._run(kind, _pair_to_noise, first, second, x, context)
+
+    def _run(
+        self, kind: Any, function: Callable[..., tuple[Tensor, Tensor]], *args: Any
+    ) -> tuple[Tensor, Tensor]:
         with _validation_kept():
             if kind not in self._functions:
-                self._functions[kind] = torch.compile(getattr(type(layer), direction))
-            return self._functions[kind](layer, x, context)
+                self._functions[kind] = torch.compile(function)
+            return self._functions[kind](*args)
 
     def __reduce__(self) -> tuple[type[CompiledLayers], tuple[()]]:
         """Copies and pickles compile for themselves."""
         return CompiledLayers, ()
+
+
+def _pair_to_noise(
+    first: Any, second: Any, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x, log_det = first.to_noise(x, context)
+    z, log_det_of_second = second.to_noise(x, context)
+    return z, log_det + log_det_of_second
 
 
 def can_compile() -> bool:

@@ -37,6 +37,8 @@ class LULinear(Bijection):
     >>> torch.testing.assert_close(layer.to_data(z)[0], x)
     """
 
+    is_compiled_with_next = True
+
     def __init__(self, features: int, permutation: Tensor | None = None) -> None:
         super().__init__()
         if permutation is None:
@@ -66,7 +68,9 @@ class LULinear(Bijection):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """The lower factor without its unit diagonal, and the upper one."""
-        upper = self.lower_and_upper.triu(1) + self.log_diagonal.exp().diag_embed()
+        diagonal = self.log_diagonal.exp()
+        identity = torch.eye(len(diagonal), dtype=diagonal.dtype, device=diagonal.device)
+        upper = torch.addcmul(self.lower_and_upper.triu(1), identity, diagonal)
         return self.lower_and_upper.tril(-1), upper
 
     def _inverse_matrix(self) -> Tensor:
