@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
@@ -21,7 +22,7 @@ def check_base(base: Base) -> None:
     """
     if base == "normal":
         return
-    if not isinstance(base, TorchDistribution):
+    if not isinstance(base, TorchDistributionMixin):
         raise ValueError(f"base={base!r}: give 'normal' or a distribution of the noise.")
     if base.batch_shape or base.event_dim > 1:
         raise ValueError(

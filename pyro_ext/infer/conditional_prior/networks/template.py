@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +27,13 @@ class TemplateMap(RowMap):
     """
 
     def __init__(self, module: nn.Module, features: int) -> None:
+        is_map = isinstance(module, Bijection | torch.distributions.Transform)
+        if not (isinstance(module, nn.Module) and is_map):
+            raise TypeError(
+                f"The flow made a {type(module).__name__}. Make a Bijection of "
+                "pyro_ext.distributions.transforms (of a NeuralSplineFlow, its .bijection) or a "
+                "pyro.distributions.TransformModule, whose parameters can be fitted."
+            )
         self._shapes = {name: p.shape for name, p in module.named_parameters()}
         super().__init__(features, sum(math.prod(shape) for shape in self._shapes.values()))
         # Hidden, because the parameters of the template are not those of the guide.
@@ -82,17 +88,7 @@ class _BothWays(nn.Module):
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
-        self._run: Callable[[Any, Tensor, bool], tuple[Tensor, Tensor]]
-        if isinstance(module, Bijection):
-            self._run = _run_bijection
-        elif isinstance(module, torch.distributions.Transform):
-            self._run = _run_transform
-        else:
-            raise TypeError(
-                f"The flow made a {type(module).__name__}. Make a Bijection of "
-                "pyro_ext.distributions.transforms (of a NeuralSplineFlow, its .bijection) or a "
-                "pyro.distributions.TransformModule, whose parameters can be fitted."
-            )
+        self._run = _run_bijection if isinstance(module, Bijection) else _run_transform
 
     def forward(self, values: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         return self._run(self.module, values, inverse)
