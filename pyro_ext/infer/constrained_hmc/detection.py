@@ -16,6 +16,8 @@ from .partition import find_splits
 from .sparsity import Pattern
 from .structure import DenseStructure, Structure, projection_error
 from .system import ConstrainedSystem
+from .triangle import find_triangles
+from .triangular_jacobian import TriangularStructure
 
 __all__ = [
     "Choice",
@@ -138,14 +140,20 @@ def choose_dense(
 
 def _structures(
     pattern: Pattern, points: Tensor, kind: str, jacobian_mode: str
-) -> Iterator[BlockStructure]:
-    modes = ("forward", "reverse", "mixed") if jacobian_mode == "auto" else (jacobian_mode,)
+) -> Iterator[BlockStructure | TriangularStructure]:
+    shape, device = (pattern.num_rows, pattern.num_columns), points.device
     if kind in ("auto", "elementwise"):
+        modes = ("forward", "reverse", "mixed") if jacobian_mode == "auto" else (jacobian_mode,)
         for split in find_splits(pattern)[:_MOST_SPLITS]:
             if split.num_blocks == 1 and split.num_global == 0:
                 continue  # the Jacobian as it is
             for mode in modes:
-                yield BlockStructure(pattern, split, mode, dtype=points.dtype, device=points.device)
+                yield BlockStructure(pattern, split, mode, dtype=points.dtype, device=device)
+    is_small = shape[0] * shape[1] <= _LARGEST_DENSE
+    if kind == "autoregressive" or (kind == "auto" and is_small):
+        for triangle in find_triangles(pattern):
+            for mode in possible_modes(*shape, jacobian_mode):
+                yield TriangularStructure(triangle, mode, device=device)
 
 
 def _rated(
@@ -162,7 +170,7 @@ def _rated(
 def _is_sound(system: ConstrainedSystem, points: Tensor) -> bool:
     """Whether projections keep half of the digits, at most of the points with finite entries."""
     derivatives = system.derivatives(points)
-    derivatives = derivatives[derivatives.isfinite().all(-1)]
+    derivatives = derivatives[derivatives.flatten(1).isfinite().all(-1)]
     jacobian = system.structure.factorize(derivatives, torch.ones_like(points[0]))
     vectors = torch.randn(len(derivatives), points.shape[-1]).to(points)
     is_accurate = projection_error(jacobian, vectors) <= torch.finfo(points.dtype).eps ** 0.5

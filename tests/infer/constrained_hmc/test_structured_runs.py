@@ -126,6 +126,29 @@ def test_a_compiled_run() -> None:
     torch.compiler.reset()
 
 
+def test_a_series_that_runs_on_its_own_states() -> None:
+    """One site for the whole series: noise acts on all that follows it."""
+
+    def model() -> None:
+        rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        noise = pyro.sample("noise", dist.Normal(0.0, 1.0).expand([STEPS, 2]).to_event(2))
+        y, outputs = torch.zeros(2), []
+        for n in noise:
+            mixed = torch.stack([n[0], 0.6 * n[0] + n[1]])
+            y = rate * y + level + 0.5 * mixed
+            outputs.append(y)
+        pyro.deterministic("y", torch.stack(outputs))
+
+    steps = observe(series())
+    data = torch.stack([steps.data[f"y_{t}"] for t in range(STEPS)])
+    conditioned = pyro.condition(model, {"y": data})
+    mcmc = run(ConstrainedHMC(conditioned, structure="autoregressive"), 40, 40)
+    report = mcmc.diagnostics()["structure"]["chain 0"]
+    assert report.startswith("lower triangular in 60 blocks of up to 1 x 1, 2 other inputs")
+    check_posterior(mcmc, steps)
+
+
 def regression(num_data: int) -> Model:
     """Outputs with noise of their own; beyond ``SWITCH`` the noises of neighbours are mixed."""
     x = torch.linspace(-1.0, 1.0, num_data)
