@@ -7,7 +7,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_ext import MCMC, ConstrainedHMC
+from pyro_ext import MCMC, ConstrainedHMC, ConstrainedNUTS
 
 __all__ = ["LARGEST_RESIDUAL", "residuals", "sample"]
 
@@ -22,6 +22,7 @@ def sample(
     num_samples: int = 30,
     warmup_steps: int = 25,
     chain_method: str = "vectorized",
+    kernel: type[ConstrainedHMC] | type[ConstrainedNUTS] = ConstrainedHMC,
     **settings: Any,
 ) -> dict[str, Tensor]:
     """
@@ -32,12 +33,13 @@ def sample(
     :param model: a Pyro model.
     :param data: values of deterministic sites to condition on; ``None`` if the model already is.
     :param args: the model's arguments.
-    :param settings: for :class:`~pyro_ext.ConstrainedHMC`.
+    :param kernel: what to sample with.
+    :param settings: for the kernel.
     """
     if data is not None:
         model = pyro.condition(model, {name: torch.as_tensor(v) for name, v in data.items()})
     mcmc = MCMC(
-        ConstrainedHMC(model, **settings),
+        kernel(model, **settings),
         num_samples,
         warmup_steps,
         num_chains=num_chains,

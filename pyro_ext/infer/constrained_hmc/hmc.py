@@ -8,6 +8,7 @@ from typing import Any
 
 from pyro.infer.autoguide.initialization import init_to_sample
 
+from .adaptation import dual_averaging_final
 from .integrator import IntegratorSettings
 from .kernel import ConstrainedKernel, Draw, check_positive
 from .records import RunRecord
@@ -26,7 +27,9 @@ from .warmup import Chains, adaptation_statistic
 __all__ = ["ConstrainedHMC"]
 
 _QUARTER_TURN = math.pi / 2
-_FIRST_STEPS = 2  # in the trajectories that adaptation starts with
+# where the adaptation of the length starts: most time, and steps, which may be twice too long
+_LONGEST_START = 1.0
+_FIRST_STEPS = 0.5
 
 
 class ConstrainedHMC(ConstrainedKernel):
@@ -56,12 +59,14 @@ class ConstrainedHMC(ConstrainedKernel):
     :param float step_size: integrator step; where adaptation starts when it is adapted.
     :param num_steps: integrator steps of a trajectory; by default as many as cover
         ``trajectory_length``.
-    :param trajectory_length: integration time of a trajectory, default :math:`\pi/2`, a quarter
-        turn of a standard normal, after which draws are nearly uncorrelated. Ignored when
-        ``num_steps`` is given.
-    :param float jitter: every trajectory's length is multiplied by a uniform draw from
-        ``[1 - jitter, 1 + jitter]``, shared by the chains, against resonances. The step used is
-        shortened to divide the length evenly, never lengthened.
+    :param trajectory_length: integration time of a trajectory. With ``"adapt"`` warm-up finds the
+        one after which squares of the inputs are decorrelated, over all chains: the ChEES
+        criterion of Hoffman, Radul and Sountsov (2021), per input. Without warm-up it is
+        :math:`\pi/2`, a quarter turn of a standard normal. Ignored when ``num_steps`` is given.
+    :param float jitter: every trajectory's length is multiplied by a factor in
+        ``[1 - jitter, 1 + jitter]``, shared by the chains, against resonances; the factors are
+        Halton's sequence, which fills the interval evenly. The step used is shortened to divide
+        the length evenly, never lengthened.
     :param int max_num_steps: most steps of a trajectory whose length is given as time.
     :param int num_inner_steps: geodesic steps per integrator step (:math:`N_i` in algorithm 1).
     :param bool adapt_step_size: adapt the step size during warm-up, by dual averaging of the
@@ -100,6 +105,9 @@ class ConstrainedHMC(ConstrainedKernel):
     Matthew M. Graham and Amos J. Storkey (2017), *Asymptotically exact inference in
     differentiable generative models*, AISTATS, arXiv:1605.07826.
 
+    Matthew D. Hoffman, Alexey Radul and Pavel Sountsov (2021), *An adaptive-MCMC scheme for
+    setting trajectory lengths in Hamiltonian Monte Carlo*, AISTATS.
+
     Example::
 
         >>> from pyro_ext import MCMC
@@ -122,7 +130,7 @@ class ConstrainedHMC(ConstrainedKernel):
         *,
         step_size: float = 0.5,
         num_steps: int | None = None,
-        trajectory_length: float | str | None = None,
+        trajectory_length: float | str = "adapt",
         jitter: float = 0.5,
         max_num_steps: int = 100,
         num_inner_steps: int = 1,
@@ -177,7 +185,7 @@ class ConstrainedHMC(ConstrainedKernel):
         if chains is None or chains.length is None:
             return []
         length, longest = math.exp(chains.length.log_length), self._longest(chains)
-        if length < 0.99 * longest:
+        if length < 0.8 * longest:  # the average lags behind what it is of
             return []
         return [
             f"Trajectories as long as {longest:.3g}, which take max_num_steps="
@@ -189,9 +197,9 @@ class ConstrainedHMC(ConstrainedKernel):
         self, chains: Chains, settings: IntegratorSettings, rescue: float, *, is_adapting: bool
     ) -> Draw:
         is_adapted = self.trajectory_length == "adapt" and self.num_steps is None
-        if is_adapted and chains.length is None:
+        if is_adapted and chains.length is None and self._warmup_steps > 0:
             inputs = chains.point.position * chains.scale
-            start = min(_QUARTER_TURN, _FIRST_STEPS * chains.step_size)
+            start = min(_LONGEST_START, _FIRST_STEPS * chains.step_size)
             chains = chains._replace(length=length_adaptation_init(start, inputs))
         step_size, num_steps = self._trajectory(chains)
         step_size *= rescue
@@ -220,7 +228,10 @@ class ConstrainedHMC(ConstrainedKernel):
     def _adapt_length(
         self, chains: Chains, length: LengthAdaptation, trajectories: Trajectories
     ) -> LengthAdaptation:
-        shortest, longest = chains.step_size, self._longest(chains)
+        # steps are shortened to trajectories shorter than they are: without a bound all would be
+        # accepted, and the step size grow for ever; averaged, because of the long ones it tries
+        shortest = _FIRST_STEPS * dual_averaging_final(chains.averaging)
+        longest = max(shortest, self._longest(chains))
         length = length_adaptation_update(length, trajectories, chains.scale, shortest, longest)
         is_last = chains.iteration == self._warmup_steps - 1
         return freeze_length(length) if is_last else length

@@ -15,10 +15,10 @@ Constraints are often about lengths: on a sphere :math:`|x - \mu|` never changes
 form has nothing to say. The second does, and its gradient is much less noisy when there are many
 inputs.
 
-Along a single oscillation of unit frequency the most is at a quarter turn, 1.57; with lengths
-jittered by half it is at 1.43, and there the effective sample sizes per step of means and of
-squares are balanced. Longer oscillations have more such maxima. Lengths therefore grow from about
-one step, as in the paper: the first maximum is the one to find.
+Along a single oscillation of unit frequency the most is at a quarter turn, 1.57, and with lengths
+jittered by half not far from it: there means and squares have about equal effective sample sizes.
+Longer oscillations have more such maxima. Lengths therefore grow from about one step, as in the
+paper: the first maximum is the one to find.
 
 The velocity at the end of a trajectory is its momentum, which is tangent to the manifold, so that
 with the chain rule the derivative with respect to the time costs nothing.
@@ -43,9 +43,10 @@ __all__ = [
     "relative_slope",
 ]
 
-# Steps in the log length are at most 0.25 / sqrt(n), so that warm-ups of a few dozen draws, which
-# suffice for many chains, can change it by a factor of ten; the paper's constant 0.025 could not.
-_RATE = 0.25
+# Steps in the log length are at most 0.5 / sqrt(n), so that warm-ups of a few dozen draws, which
+# suffice for many chains, can change it by a factor of a hundred. The paper's constant 0.025 could
+# not.
+_RATE = 0.5
 _AVERAGING_POWER = 0.75  # as in dual averaging of the step size
 _MEAN_POWER = 3  # the mean forgets where the chains came from with this power of their draws
 _FEWEST_DRAWS = 10  # for a mean that says what is a change

@@ -280,52 +280,7 @@ def test_an_interrupt_before_the_first_draw_is_an_interrupt() -> None:
         mcmc.get_samples()
 
 
-# -- trajectories and adaptation -----------------------------------------------------------------
-
-
-def trajectories(kernel: ConstrainedHMC, step_size: float, number: int = 300) -> list[Any]:
-    """Step size and number of steps of some trajectories."""
-    kernel.setup(0)
-    chains = kernel._chains._replace(step_size=step_size)
-    return [kernel._trajectory(chains._replace(iteration=i)) for i in range(number)]
-
-
-@pytest.mark.parametrize("jitter", [0.0, 0.3, 0.9])
-@pytest.mark.parametrize("step_size", [0.05, 0.31, 2.0])
-def test_jitter_bounds_the_length_and_never_lengthens_the_step(
-    jitter: float, step_size: float
-) -> None:
-    kernel = ConstrainedHMC(CONDITIONED, jitter=jitter, trajectory_length=1.5)
-    lengths = []
-    for step, num_steps in trajectories(kernel, step_size):
-        assert step <= step_size * (1 + 1e-12)
-        lengths.append(step * num_steps)
-    assert max(lengths) <= 1.5 * (1 + jitter) * (1 + 1e-9)
-    if step_size < 1.0:
-        assert min(lengths) >= 1.5 * (1 - jitter) * (1 - 1e-6)
-        assert (max(lengths) - min(lengths) > 0.5 * jitter) or jitter == 0
-
-
-def test_number_of_steps() -> None:
-    fixed = ConstrainedHMC(CONDITIONED, num_steps=4, jitter=0.0)
-    assert set(trajectories(fixed, 0.1)) == {(0.1, 4)}
-    jittered = ConstrainedHMC(CONDITIONED, num_steps=4, jitter=0.5)
-    counts = {num_steps for _, num_steps in trajectories(jittered, 0.1)}
-    assert counts == {2, 3, 4, 5, 6} or counts == {3, 4, 5, 6}
-    bounded = ConstrainedHMC(CONDITIONED, max_num_steps=7)
-    assert {num_steps for _, num_steps in trajectories(bounded, 1e-3)} == {7}
-    assert all(step <= 1e-3 for step, _ in trajectories(bounded, 1e-3))
-
-
-def test_num_steps_of_a_draw_are_recorded() -> None:
-    kernel = ConstrainedHMC(CONDITIONED, num_steps=3, jitter=0.0, step_size=0.05)
-    mcmc = MCMC(kernel, 4, 0, num_chains=2, disable_progbar=True)
-    mcmc.run()
-    for i in range(2):
-        assert mcmc.diagnostics()["num_steps"][f"chain {i}"].tolist() == [3] * 4
-        torch.testing.assert_close(
-            mcmc.diagnostics()["step_size"][f"chain {i}"], torch.full((4,), 0.05)
-        )
+# -- adaptation and settings --------------------------------------------------------------------
 
 
 def curved(radius: float) -> Any:

@@ -108,19 +108,17 @@ def adapt(
 @pytest.mark.parametrize(
     ("number", "num_chains"), [(120, 100), (300, 10), (1000, 1)], ids=["many", "some", "one"]
 )
-def test_a_normal_takes_somewhat_less_than_a_quarter_turn(
-    number: int, num_chains: int, start: float
-) -> None:
+def test_a_normal_takes_about_a_quarter_turn(number: int, num_chains: int, start: float) -> None:
     """With many chains or few, wherever the mean is."""
     for dim, loc in ((1, 3.0), (10, 0.0)):
         state = adapt(number, num_chains, start, dim, 0.2 + torch.rand(dim), loc)
-        assert math.exp(freeze_length(state).log_length) == pytest.approx(1.43, rel=0.15)
+        assert math.exp(freeze_length(state).log_length) == pytest.approx(1.5, rel=0.15)
 
 
 @pytest.mark.parametrize("radius", [0.2, 8.0])
 def test_on_circles_the_length_follows_the_radius(radius: float) -> None:
     """Though the distance from the centre never changes."""
-    state = length_adaptation_init(math.pi / 2, torch.zeros(30, 2))
+    state = length_adaptation_init(0.1 * radius, torch.zeros(30, 2))
     for i in range(200):
         angle, length = 2 * math.pi * torch.rand(30), math.exp(state.log_length)
         moved = rotate(angle, torch.randn(30), length * jitter_factor(0.5, i), radius)
