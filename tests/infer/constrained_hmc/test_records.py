@@ -70,7 +70,8 @@ def test_the_summary_is_one_line_with_the_numbers() -> None:
     summary = record(torch.tensor([[0, 1, 0, 3], [2, 0, 0, 3]])).summary()
     assert "\n" not in summary
     for text in [
-        "ConstrainedHMC: 2 chains x 4 draws", "acceptance 0.50", "trajectory length 1.5", "2.5 steps per draw",
+        "ConstrainedHMC: 2 chains x 4 draws", "acceptance 0.50",
+        "trajectory length 1.5", "2.5 steps per draw",
         "10.0 constraint evaluations per step", "largest residual 4.0e-12",
         "12.5% not converged", "12.5% non-reversible", "25.0% divergent",
     ]:  # fmt: skip
