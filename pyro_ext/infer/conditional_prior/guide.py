@@ -184,11 +184,8 @@ class ConditionalPriorGuide(PyroModule):
             psi = self._parameters["psi"]  # not by attribute, which is a pyro.param statement
             if psi is not None and check_store(f"{self._pyro_name}.psi", psi, inspection.learned):
                 self._inspection = inspection._replace(learned=frozenset())  # warn once
-        plates = {
-            frame.name: pyro.plate(frame.name, frame.size, dim=frame.dim)
-            for site in structure.sites
-            for frame in site.frames
-        }
+        frames = {frame.name: frame for site in structure.sites for frame in site.frames}
+        plates = {name: pyro.plate(name, f.size, dim=f.dim) for name, f in frames.items()}
         with _inside(plates, structure.row_frames):
             vector = pyro.sample(
                 f"_{self._pyro_name}_latents", self._density(), infer={"is_auxiliary": True}
@@ -321,7 +318,7 @@ class ConditionalPriorGuide(PyroModule):
         unconstrained, log_dets = unconstrain(dict(latents), structure)
         vector = pack(unconstrained, structure)
         leading = vector.shape[: vector.dim() - 1 - len(structure.row_shape)]
-        log_q = self._density().log_prob(vector).reshape(*leading, *self._result_shape())
+        log_q = self._density().log_prob(vector).reshape([*leading, *self._result_shape()])
         for site in structure.sites:
             own = [len(leading) + i for i, is_row in enumerate(site.is_row) if not is_row]
             log_det = log_dets[site.name]

@@ -59,9 +59,11 @@ def inspect_model(
     :raises ~pyro_ext.errors.ModelStructureError: if two runs have different sites.
     """
     handler = FrozenMessenger()
-    trace = run_model(handler(model), args, kwargs)
+    with torch.no_grad():
+        trace = run_model(handler(model), args, kwargs)
     switched, learned = list(handler.switched_modules), frozenset(handler.hidden_params)
-    second = run_model(model, args, kwargs)
+    with torch.no_grad():
+        second = run_model(model, args, kwargs)
     _check_same_sites(trace, second)
     _check_plates(trace)
     latents = latent_nodes(trace)
@@ -233,7 +235,7 @@ def _check_supports(structure: Structure, other: poutine.Trace) -> None:
     nodes = sample_nodes(other)
     for site in structure.sites:
         node = nodes[site.name]
-        u = torch.zeros(*site.batch_shape, *site.event_shape).to(node["value"])
+        u = torch.zeros([*site.batch_shape, *site.event_shape]).to(node["value"])
         values = (site.transform(u), biject_to(node["fn"].support)(u))
         if not torch.equal(*values):
             raise ValueError(
@@ -345,22 +347,17 @@ def _warn_of_ignored_latents(
         for name, node in latent_nodes(trace).items()
     }
     variables = [value for value in values.values() if value.requires_grad]
+    names = []
     with torch.enable_grad():
         run = run_model(model, args, kwargs, values)
-        run.compute_log_prob(site_filter=lambda name, site: not is_subsample(site))
-    names = []
-    for name, node in observed_nodes(run).items():
-        evidence = evidence_of(node)
-        if evidence is not None and not bool(evidence.mask.any()):
-            continue
-        names.append(name)
-        if not node["log_prob"].requires_grad:
-            continue
-        gradients = torch.autograd.grad(
-            node["log_prob"].sum(), variables, retain_graph=True, allow_unused=True
-        )
-        if any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients):
-            return
+        for name, node in observed_nodes(run).items():
+            evidence = evidence_of(node)
+            nothing = evidence is not None and not bool(evidence.mask.any())
+            if name in values or nothing:
+                continue
+            names.append(name)
+            if _depends_on(_log_prob(name, node), variables):
+                return
     if names:
         warnings.warn(
             f"The evidence at {names} does not depend on any latent site: the posterior is the "
@@ -368,6 +365,23 @@ def _warn_of_ignored_latents(
             SamplingWarning,
             stacklevel=4,
         )
+
+
+def _log_prob(name: str, node: Mapping[str, Any]) -> Tensor:
+    try:
+        return node["fn"].log_prob(node["value"])
+    except ValueError as error:
+        raise ValueError(
+            f"The evidence at site {name!r} has no density under its distribution "
+            f"{_family(node['fn'])}: {error}"
+        ) from error
+
+
+def _depends_on(value: Tensor, variables: list[Tensor]) -> bool:
+    if not value.requires_grad:
+        return False
+    gradients = torch.autograd.grad(value.sum(), variables, allow_unused=True)
+    return any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients)
 
 
 def _family(fn: Any) -> str:

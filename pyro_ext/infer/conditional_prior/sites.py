@@ -68,11 +68,11 @@ def unpack(vector: Tensor, structure: Structure) -> dict[str, Tensor]:
         part = vector[..., site.start : site.stop]
         rows = [n for n, is_row in zip(site.batch_shape, site.is_row, strict=True) if is_row]
         own = [n for n, is_row in zip(site.batch_shape, site.is_row, strict=True) if not is_row]
-        part = part.reshape(*leading, *rows, *own, *site.event_shape)
-        part = part.permute(*_order(site, num_leading))
+        part = part.reshape([*leading, *rows, *own, *site.event_shape])
+        part = part.permute(_order(site, num_leading))
         if leading:
             ones = [1] * (len(structure.row_shape) - len(site.batch_shape))
-            part = part.reshape(*leading, *ones, *part.shape[num_leading:])
+            part = part.reshape([*leading, *ones, *part.shape[num_leading:]])
         values[site.name] = part
     return values
 
@@ -91,8 +91,9 @@ def pack(values: dict[str, Tensor], structure: Structure) -> Tensor:
         num_leading = value.dim() - len(site.batch_shape) - len(site.event_shape)
         order = _order(site, num_leading)
         inverse = [order.index(i) for i in range(len(order))]
-        part = value.permute(*inverse)
-        parts.append(part.reshape(*part.shape[:num_leading], *structure.row_shape, -1))
+        part = value.permute(inverse)
+        size = site.stop - site.start
+        parts.append(part.reshape([*part.shape[:num_leading], *structure.row_shape, size]))
     return torch.cat(parts, -1)
 
 
