@@ -43,6 +43,8 @@ class Choice(NamedTuple):
     system: ConstrainedSystem
     report: str
     cost: float
+    is_certain: bool = True
+    """Whether nothing cheaper was unsound at the points at which it was looked for."""
 
 
 def with_structure(
@@ -104,15 +106,16 @@ def choose_structure(
     """
     structures = _structures(pattern, points, kind, jacobian_mode)
     found = [_rated(system, s, s.describe(), points, num_chains) for s in structures]
-    sound = [c for c in found if c.cost < math.inf and _is_sound(c.system, points)]
-    best = min(sound, key=lambda choice: choice.cost, default=None)
+    found = sorted((c for c in found if c.cost < math.inf), key=lambda choice: choice.cost)
+    best = next((c for c in found if _is_sound(c.system, points)), None)
     if kind != "auto":
         return best
     shape = (pattern.num_rows, pattern.num_columns)
     dense = choose_dense(system, shape, points, num_chains, jacobian_mode)
     if best is None or dense.cost <= _CLEARLY * best.cost:
-        return dense
-    return best
+        is_beaten = bool(found) and _CLEARLY * found[0].cost < dense.cost
+        return dense._replace(is_certain=not is_beaten)
+    return best._replace(is_certain=best is found[0])
 
 
 def choose_dense(
@@ -135,7 +138,14 @@ def choose_dense(
             choices.append(_rated(system, structure, report, points, num_chains))
         else:
             choices.append(Choice(with_structure(system, structure, points[0]), report, math.inf))
-    return min(choices, key=lambda choice: choice.cost)
+    best = min(choices, key=lambda choice: choice.cost)
+    others = {"forward", "reverse"} - set(possible_modes(*shape, jacobian_mode))
+    if best.cost == math.inf and others and shape[0] * shape[1] <= _LARGEST_DENSE:
+        # the only mode is wrong, or has no derivative of some operation
+        mode = others.pop()
+        structure = DenseStructure(forward=mode == "forward")
+        return _rated(system, structure, f"dense ({mode})", points, num_chains)
+    return best
 
 
 def _structures(
@@ -164,7 +174,27 @@ def _rated(
     num_chains: int,
 ) -> Choice:
     system = with_structure(system, structure, points[0])
-    return Choice(system, report, step_cost(system, points[:2], num_chains))
+    cost = step_cost(system, points[:2], num_chains) if _is_right(system, points[:2]) else math.inf
+    return Choice(system, report, cost)
+
+
+def _is_right(system: ConstrainedSystem, points: Tensor) -> bool:
+    """
+    Whether Jacobians agree with single products.
+
+    PyTorch batches the derivatives of some operations wrongly (2.13: ``linalg.solve``, ``det``
+    and ``slogdet`` in forward mode), without an error.
+    """
+    scale = torch.ones_like(points[0])
+    vector = torch.arange(1.0, 1 + len(scale)).to(points).sin().expand_as(points)
+    product = system.product(points, vector, scale)
+    try:
+        found = system.jacobian(points, scale).apply(vector)
+    except (RuntimeError, NotImplementedError):  # an operation without a derivative in this mode
+        return True  # for step_cost to rate
+    precision = torch.finfo(found.dtype).eps ** 0.5
+    is_close = (found - product).abs() <= precision * (1 + found.abs() + product.abs())
+    return bool((is_close | ~(found.isfinite() & product.isfinite())).all())
 
 
 def _is_sound(system: ConstrainedSystem, points: Tensor) -> bool:

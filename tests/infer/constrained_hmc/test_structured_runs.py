@@ -250,3 +250,28 @@ def test_unknown_structures_are_refused(value: str) -> None:
 def test_the_interval_of_checks_must_be_positive(value: int) -> None:
     with pytest.raises(ValueError, match="structure_check_interval must be positive"):
         ConstrainedHMC(regression(4), structure_check_interval=value)
+
+
+@pytest.mark.parametrize("jacobian_mode", ["auto", "forward"])
+@pytest.mark.parametrize("operation", ["solve", "det"])
+def test_operations_that_torch_differentiates_wrongly_in_batches(
+    operation: str, jacobian_mode: str
+) -> None:
+    """Forward mode is wrong for these in PyTorch 2.13, without an error."""
+    shift = torch.randn(3, 3) + 4 * torch.eye(3)
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        matrix = shift + a.tanh().diag()
+        solution = torch.linalg.solve(matrix, b)
+        pyro.deterministic("x", solution if operation == "solve" else matrix.det() * b[:1])
+
+    size = 3 if operation == "solve" else 1
+    model_ = ConstrainedModel(pyro.condition(model, {"x": torch.full((size,), 0.1)}), (), {})
+    system = assemble(model_, Preferences(4, jacobian_mode)).system
+    u = torch.randn(4, 6)
+    found = system.jacobian_matrix(u, torch.ones(6))
+    for row, matrix in zip(u, found, strict=True):
+        expected = torch.autograd.functional.jacobian(model_.constraint, row)
+        torch.testing.assert_close(matrix, expected)
