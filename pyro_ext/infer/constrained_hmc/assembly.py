@@ -21,7 +21,6 @@ from .guard import GuardedSystem
 from .model import ConstrainedModel
 from .projection import Tolerances
 from .sparsity import Pattern, find_pattern, merge_patterns
-from .structure import DenseStructure
 from .system import ConstrainedSystem, ScalarFunction
 
 __all__ = [
@@ -48,6 +47,7 @@ class Assembly(NamedTuple):
     system: ConstrainedSystem
     report: str
     pattern: Pattern | None  # of the Jacobian, where it was looked for
+    is_certain: bool = True  # that other points would not lead to another choice
 
 
 class Preferences(NamedTuple):
@@ -98,6 +98,11 @@ def assemble(model: ConstrainedModel, preferences: Preferences) -> Assembly:
             model.constraint, model.potential, vectorized=False, forward=False
         )
         _check_differentiable(looped, inputs)
+        if preferences.structure in ("elementwise", "autoregressive"):
+            raise ValueError(
+                f"structure={preferences.structure!r} needs a model that can be vectorised over "
+                "chains; the warning above says why this one cannot."
+            )
         return Assembly(looped, "dense, one chain at a time", None)
     constraint = _recorded(model.constraint, inputs[0])
     potential: ScalarFunction = model.potential
@@ -122,29 +127,25 @@ def settle(assembly: Assembly, positions: Tensor, preferences: Preferences) -> A
     system, pattern = assembly.system, assembly.pattern
     if pattern is None:
         return assembly
-    if isinstance(system.structure, DenseStructure):
-        is_settled = pattern.is_complete and preferences.structure == "auto"
-    else:
-        is_settled = _holds(system, positions)
-    if is_settled:
-        return assembly
     starts = positions[:_STARTS]
+    if system.structure.pattern is not None:
+        scale, vector = torch.ones_like(positions[0]), torch.randn_like(positions)
+        point, product = system.point(positions, scale), system.product(positions, vector, scale)
+        misplaced = find_misplaced(system, point, scale, vector, product)
+        if misplaced is None and not has_lost_digits(point):
+            return assembly
+        if misplaced is not None:
+            starts = torch.cat([starts, positions[misplaced.chain].unsqueeze(0)])
+    elif assembly.is_certain and pattern.is_complete and preferences.structure == "auto":
+        return assembly
     points = torch.cat([starts, starts + _NEARBY * torch.randn_like(starts)])
     settled = _choose(system, pattern, points, preferences)
-    if preferences.structure != "auto" and isinstance(settled.system.structure, DenseStructure):
+    if preferences.structure != "auto" and settled.system.structure.pattern is None:
         raise ValueError(
             f"structure={preferences.structure!r} was asked for, but the Jacobian of the outputs "
             f"does not have it: {_describe(settled.pattern)}. Use structure='auto'."
         )
     return settled
-
-
-def _holds(system: ConstrainedSystem, positions: Tensor) -> bool:
-    """Whether a structure is right and accurate at some positions."""
-    scale, vector = torch.ones_like(positions[0]), torch.randn_like(positions)
-    point, product = system.point(positions, scale), system.product(positions, vector, scale)
-    is_right = find_misplaced(system, point, scale, vector, product) is None
-    return is_right and not has_lost_digits(point)
 
 
 def guarded_system(
@@ -197,7 +198,8 @@ def _choose(
     choice = choose_structure(system, pattern, points, num_chains, kind=kind, jacobian_mode=mode)
     if choice is None:
         return _without_structure(system, points, preferences)._replace(pattern=pattern)
-    return Assembly(recorded_system(choice.system, points[0]), choice.report, pattern)
+    chosen = recorded_system(choice.system, points[0])
+    return Assembly(chosen, choice.report, pattern, choice.is_certain)
 
 
 def _without_structure(

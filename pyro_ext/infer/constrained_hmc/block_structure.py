@@ -35,7 +35,8 @@ class BlockStructure:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.pattern = pattern
+        self.pattern: Pattern | None = pattern
+        self._pattern = pattern
         self.mode = mode
         self.partition = partition(split, device)
         self.compression = compress(pattern, self.partition, mode, dtype)
@@ -43,7 +44,7 @@ class BlockStructure:
     def with_mode(self, mode: str) -> BlockStructure:
         """The same structure with other products."""
         return BlockStructure(
-            self.pattern,
+            self._pattern,
             self.partition.split,
             mode,
             dtype=self.compression.forward_seeds.dtype,

@@ -71,7 +71,9 @@ class RecordedSystem:
         if len(arguments[0]) != self._num_chains:
             return function(*arguments)
         if name not in self._recorded:
-            self._recorded[name] = _record(function, arguments, compile=self._is_compiled)
+            # products are for checks, too few to be worth the compiler's time
+            is_compiled = self._is_compiled and name != "product"
+            self._recorded[name] = _record(function, arguments, compile=is_compiled)
         return self._recorded[name](*arguments)
 
 

@@ -20,8 +20,11 @@ _NO_BETTER = 0.1  # share of the error that a dense factorisation has to leave a
 class Misplaced(NamedTuple):
     """Entries of a Jacobian outside of the places where its structure has any."""
 
+    chain: int
+    """The first chain that has such entries."""
+
     rows: tuple[int, ...]
-    """Constraints with such entries."""
+    """Constraints with such entries in this chain."""
 
     columns: tuple[int, ...]
     """Inputs of these entries, in the first of the rows."""
@@ -42,20 +45,39 @@ def find_misplaced(
     :param Tensor product: true products of Jacobians and vectors, by ``system.product``.
     :returns: what is wrong, or ``None``. Entries that are not finite tell nothing.
     """
-    found = point.jacobian.apply(vector)
-    precision = torch.finfo(found.dtype).eps ** 0.5
-    is_wrong = (found - product).abs() > precision * (found.abs() + product.abs())
-    # a row of the true Jacobian may overflow where the structure leaves out what does
-    is_wrong &= found.isfinite() & product.isfinite()
+    is_wrong = _differs(point.jacobian.apply(vector), product)
     if not bool(is_wrong.any()):
         return None
-    chain = is_wrong.any(-1).long().argmax()
-    rows = is_wrong[chain].nonzero().squeeze(-1)
-    outputs, pullback = vjp(system.functions[0], point.position[chain] * scale)[:2]
-    expected = pullback(torch.nn.functional.one_hot(rows[0], len(outputs)).to(outputs))[0] * scale
-    row = take_chains(point.jacobian, chain.reshape(1)).dense()[0, rows[0]]
-    is_other = (row - expected).abs() > precision * (row.abs() + expected.abs())
-    return Misplaced(tuple(rows.tolist()), tuple(is_other.nonzero().squeeze(-1).tolist()))
+    # in many runs of many rows one of them cancels to rounding; but not twice
+    again = torch.randn_like(vector)
+    is_wrong &= _differs(point.jacobian.apply(again), system.product(point.position, again, scale))
+    if not bool(is_wrong.any()):
+        return None
+    chain = int(is_wrong.any(-1).long().argmax())
+    rows = is_wrong[chain].nonzero().squeeze(-1).tolist()
+    outside = {row: _outside(system, point.position[chain] * scale, row) for row in rows}
+    # where rows share a product, an entry of one spoils the others
+    named = {row: columns for row, columns in outside.items() if columns} or outside
+    return Misplaced(chain, tuple(named), next(iter(named.values())))
+
+
+def _outside(system: ConstrainedSystem, inputs: Tensor, row: int) -> tuple[int, ...]:
+    """Columns of the true nonzeros of a row outside of the pattern."""
+    outputs, pullback = vjp(system.functions[0], inputs)[:2]
+    cotangent = torch.zeros_like(outputs)
+    cotangent[row] = 1.0
+    columns = pullback(cotangent)[0].nonzero().squeeze(-1).tolist()
+    pattern = system.structure.pattern
+    known = () if pattern is None else pattern.columns[pattern.rows == row].tolist()
+    return tuple(column for column in columns if column not in known)
+
+
+def _differs(found: Tensor, expected: Tensor) -> Tensor:
+    """Where numbers differ in more than the last half of their digits, and both are finite."""
+    precision = torch.finfo(found.dtype).eps ** 0.5
+    is_wrong = (found - expected).abs() > precision * (found.abs() + expected.abs())
+    # a row of the true Jacobian may overflow where the structure leaves out what does
+    return is_wrong & found.isfinite() & expected.isfinite()
 
 
 def has_lost_digits(point: Point) -> bool:

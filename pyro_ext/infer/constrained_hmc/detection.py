@@ -163,7 +163,7 @@ def _structures(
     if kind == "autoregressive" or (kind == "auto" and is_small):
         for triangle in find_triangles(pattern):
             for mode in possible_modes(*shape, jacobian_mode):
-                yield TriangularStructure(triangle, mode, device=device)
+                yield TriangularStructure(pattern, triangle, mode, device=device)
 
 
 def _rated(

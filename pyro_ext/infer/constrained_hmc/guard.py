@@ -12,7 +12,7 @@ from ...errors import SamplingWarning
 from .compilation import RecordedSystem
 from .defects import Misplaced, find_misplaced, has_lost_digits
 from .inspection import ModelStructure
-from .structure import DenseStructure, Jacobian
+from .structure import Jacobian
 from .system import ConstrainedSystem, Point
 
 __all__ = ["GuardedSystem"]
@@ -113,7 +113,7 @@ class GuardedSystem:
 
     @property
     def _has_structure(self) -> bool:
-        return not isinstance(self._plain.structure, DenseStructure)
+        return self._plain.structure.pattern is not None
 
     def _prepared(self, system: ConstrainedSystem) -> ConstrainedSystem | RecordedSystem:
         # many operations take longer to record than a short run lasts

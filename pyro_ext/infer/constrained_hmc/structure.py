@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.func import jacfwd, jacrev
 
+from .sparsity import Pattern
+
 __all__ = [
     "DenseJacobian",
     "DenseStructure",
@@ -66,6 +68,9 @@ class Structure(Protocol[Factorized]):
     mode: str
     """Of differentiation: ``"forward"``, ``"reverse"`` or ``"mixed"``."""
 
+    pattern: Pattern | None
+    """Places that may be nonzero; ``None`` where all may be."""
+
     def derivatives(self, constraint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The function from one input to the derivatives there, itself differentiable."""
 
@@ -114,6 +119,7 @@ class DenseStructure:
 
     def __init__(self, *, forward: bool) -> None:
         self.mode = "forward" if forward else "reverse"
+        self.pattern: Pattern | None = None
 
     def derivatives(self, constraint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """See :meth:`Structure.derivatives`."""

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.func import jacfwd, jacrev
 
 from .block_algebra import inverse_cholesky, multiply, sum_of_outer_products
+from .sparsity import Pattern
 from .triangle import Triangle
 
 __all__ = ["TriangularJacobian", "TriangularStructure"]
@@ -110,12 +111,16 @@ class TriangularStructure:
     """
     Jacobians of a series; see :class:`.structure.Structure`.
 
-    :param triangle: the order of rows and columns.
+    :param pattern: places of the Jacobian that may be nonzero.
+    :param triangle: the order of its rows and columns.
     :param str mode: ``"forward"`` or ``"reverse"`` differentiation.
     :param device: of the inputs.
     """
 
-    def __init__(self, triangle: Triangle, mode: str, *, device: torch.device) -> None:
+    def __init__(
+        self, pattern: Pattern, triangle: Triangle, mode: str, *, device: torch.device
+    ) -> None:
+        self.pattern: Pattern | None = pattern
         self.mode = mode
         self._triangle = triangle
         self._order = _order(triangle, device)

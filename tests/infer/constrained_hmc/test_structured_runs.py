@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_ext import MCMC, ConstrainedHMC, ConstrainedNUTS
-from pyro_ext.errors import SamplingWarning
+from pyro_ext.errors import SamplingWarning, VectorizationWarning
 from pyro_ext.infer.constrained_hmc.assembly import Preferences, assemble, settle
 from pyro_ext.infer.constrained_hmc.block_structure import BlockStructure
 from pyro_ext.infer.constrained_hmc.model import ConstrainedModel
@@ -238,6 +238,31 @@ def test_a_structure_that_is_not_there_cannot_be_asked_for() -> None:
     kernel = ConstrainedHMC(pyro.condition(model, {"y": torch.ones(3)}), structure="elementwise")
     with pytest.raises(ValueError, match=r"structure='elementwise' .* does not have it.*%"):
         run(kernel, 5, 5)
+
+
+def test_a_structure_needs_a_model_that_can_be_vectorised() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
+        pyro.deterministic("y", x[:3] * (2.0 if x[4] > 0 else 1.0))
+
+    kernel = ConstrainedHMC(pyro.condition(model, {"y": torch.ones(3)}), structure="elementwise")
+    with (
+        pytest.warns(VectorizationWarning),
+        pytest.raises(ValueError, match="'elementwise' needs a model that can be vectorised"),
+    ):
+        run(kernel, 5, 5)
+
+
+def test_what_only_one_starting_point_shows_is_taken_into_the_structure() -> None:
+    inspected = ConstrainedModel(observe(regression(30)).model, (), {})
+    preferences = Preferences(64, structure="elementwise")
+    with torch.no_grad():
+        assembly = assemble(inspected, preferences)
+        assert assembly.report.startswith("30 local blocks of up to 1 x 1, 1 global inputs")
+        start = 0.3 * torch.randn(64, 32)
+        start[40, 1] = SWITCH + 1.0
+        settled = settle(assembly, start, preferences)
+    assert settled.report.startswith("15 local blocks of up to 2 x 2, 2 global inputs")
 
 
 @pytest.mark.parametrize("value", ["diagonal", "Dense"])

@@ -64,7 +64,7 @@ class Problem:
         """Dense and structured."""
         pattern = find_pattern(self.constraint, torch.randn(3, self.dim))
         triangle = find_triangles(pattern)[0]
-        structure = TriangularStructure(triangle, mode, device=torch.device("cpu"))
+        structure = TriangularStructure(pattern, triangle, mode, device=torch.device("cpu"))
         return (
             ConstrainedSystem(self.constraint, self.potential),
             ConstrainedSystem(self.constraint, self.potential, structure=structure),
