@@ -47,7 +47,7 @@ __all__ = [
 # suffice for many chains, can change it by a factor of a hundred. The paper's constant 0.025 could
 # not.
 _RATE = 0.5
-_AVERAGING_POWER = 0.75  # as in dual averaging of the step size
+_AVERAGING_POWER = 0.5  # so that the average is not far behind after a short warm-up
 _MEAN_POWER = 3  # the mean forgets where the chains came from with this power of their draws
 _FEWEST_DRAWS = 10  # for a mean that says what is a change
 
