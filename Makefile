@@ -60,7 +60,7 @@ demo: $(USE)  ## sample a stochastic simulator's parameters: leaves a picture an
 
 test: $(USE)  ## run the tests (PYTEST_ARGS="-m 'not slow'" for the quick ones)
 	@echo "Running the tests"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 notebooks: $(USE)  ## run every tutorial notebook with small numbers, to see that it still works
 	@echo "Running the notebooks with small numbers"
