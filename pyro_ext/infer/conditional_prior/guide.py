@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ...ops.rows import RowStatus
+from ...ops.rows import RowsResult, RowStatus
 from .density import ConditionalPrior
 from .evaluation import ModelOfLatents
 from .fitting import FitResult, check_fit, minimize, summarize
@@ -26,7 +26,7 @@ from .parameter_store import check_store
 from .prior_scale import prior_loc_scale
 from .query import check_has_query, check_query
 from .sites import constrain, pack, unconstrain, unpack
-from .starts import starting_points
+from .starts import gaussian_starts
 
 __all__ = ["ConditionalPriorGuide"]
 
@@ -218,14 +218,14 @@ class ConditionalPriorGuide(PyroModule):
         row are the best, and when it is time to stop; no row ends worse than it began. A third one
         tells what the C-ELBO is.
 
-        It goes on from the present parameters, at first the prior. Further starts are at draws
-        that agree with the evidence, and narrow; each row keeps the best.
+        It goes on from the present parameters, at first the prior, from where all modes can be
+        seen. Further starts are Gaussian: "gvi" begins at draws of the prior that agree with the
+        evidence, other flows at what "gvi" finds so. Each row keeps the best.
 
         :param args: the model's positional arguments.
         :param str optimizer: "lbfgs" or "adam".
         :param int num_particles: draws of noise, many more than the latents of a row.
-        :param num_starts: 2 for "gvi" and 1 for others by default. From the prior a flow sees all
-            modes; a Gaussian, which has to choose one, may stop between them.
+        :param num_starts: by default 2, or 1 for flows that do not end in an affine map.
         :param max_iter: most steps; 500 of L-BFGS, 2000 of Adam by default.
         :param tol: a row is done when steps gain less than this, relative to the C-ELBO; 1e-8 by
             default, more in single precision.
@@ -242,29 +242,31 @@ class ConditionalPriorGuide(PyroModule):
         self.setup(*args, **kwargs)
         target = self._target()
         check_fit(optimizer, num_particles, self.loc.shape[-1])
-        if num_starts is None:
-            num_starts = 2 if self._flow == "gvi" else 1
         noise, validation_noise = (
             fixed_noise(self._base, num_particles, self.loc.shape[-1], self.psi) for _ in range(2)
         )
-        result = minimize(
-            lambda psi, chunk: self._terms(target, psi, chunk),
-            self._starting_points(target, noise, num_starts),
-            noise,
-            validation_noise,
-            optimizer=optimizer,
-            max_iter=max_iter,
-            tol=tol,
-            learning_rate=learning_rate,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+
+        def best_of(row_map: RowMap, starts: Iterable[Tensor]) -> RowsResult:
+            return minimize(
+                lambda psi, chunk: self._terms(target, row_map, psi, chunk),
+                starts,
+                noise,
+                validation_noise,
+                optimizer=optimizer,
+                max_iter=max_iter,
+                tol=tol,
+                learning_rate=learning_rate,
+                chunk_size=chunk_size,
+                progress=progress,
+            )
+
+        result = best_of(self._network(), self._starts(target, noise, num_starts, best_of))
         if bool((result.status == RowStatus.NOT_FINITE).all()):
             raise ValueError(self._why_not_finite(target))
         with torch.no_grad():
             self.psi.copy_(result.point)
             held_out = self._fresh_noise(num_particles)
-            terms = self._terms(target, self.psi, held_out)
+            terms = self._terms(target, self._network(), self.psi, held_out)
         return summarize(result, terms, self._result_shape(), started)
 
     @torch.no_grad()
@@ -275,7 +277,9 @@ class ConditionalPriorGuide(PyroModule):
         :param int num_particles: number of draws.
         :returns: of the shape of the rows.
         """
-        terms = self._terms(self._target(), self.psi, self._fresh_noise(num_particles))
+        target = self._target()
+        noise = self._fresh_noise(num_particles)
+        terms = self._terms(target, self._network(), self.psi, noise)
         return terms.mean(0).reshape(self._result_shape())
 
     @torch.no_grad()
@@ -412,9 +416,11 @@ class ConditionalPriorGuide(PyroModule):
         base = base_distribution(self._base, row_map.features, self.psi)
         return ConditionalPrior(row_map, self.psi, base, self.loc, self.scale, structure.row_shape)
 
-    def _terms(self, target: ModelOfLatents, psi: Tensor, noise: Tensor) -> Tensor:
+    def _terms(
+        self, target: ModelOfLatents, row_map: RowMap, psi: Tensor, noise: Tensor
+    ) -> Tensor:
         """Theorem 2 for each draw and row: shape ``(draws, rows)``."""
-        latents, log_det = self._network().to_latents(noise.expand(len(psi), -1, -1), psi)
+        latents, log_det = row_map.to_latents(noise.expand(len(psi), -1, -1), psi)
         latents = self.loc[:, None] + self.scale[:, None] * latents
         log_det = log_det + self.scale.log().sum(-1, keepdim=True)
         log_joint = target.log_joint(latents.transpose(0, 1))
@@ -423,15 +429,38 @@ class ConditionalPriorGuide(PyroModule):
         log_q = base_distribution(self._base, noise.shape[-1], noise).log_prob(noise)
         return log_joint + log_det.T - log_q[:, None]
 
-    def _starting_points(
-        self, target: ModelOfLatents, noise: Tensor, num: int
+    def _starts(
+        self,
+        target: ModelOfLatents,
+        noise: Tensor,
+        num: int | None,
+        best_of: Callable[[RowMap, Iterable[Tensor]], RowsResult],
     ) -> Iterator[Tensor]:
+        """The present parameters, and Gaussian ones."""
+
         def log_joint(latents: Tensor) -> Tensor:
             latents = self.loc[:, None] + self.scale[:, None] * latents
             return target.log_joint(latents.transpose(0, 1))
 
-        psi = self.psi.detach().clone()
-        return starting_points(self._network(), psi, noise, log_joint, num)
+        network, psi = self._network(), self.psi.detach().clone()
+        affine = network.affine_end()
+        if num is None:
+            num = 1 if affine is None else 2
+        if affine is network:
+            yield from gaussian_starts(network, psi, noise, log_joint, num)
+            return
+        yield psi
+        if num == 1:
+            return
+        if affine is None:
+            raise ValueError(
+                f"num_starts={num}: this flow does not end in an affine map, by which another "
+                "start could be made. Use num_starts=1."
+            )
+        start = affine.initial(len(psi)).to(psi)
+        gaussian = best_of(affine, gaussian_starts(affine, start, noise, log_joint, num))
+        front = network.initial(len(psi)).to(psi)[:, : -affine.num_parameters]
+        yield torch.cat([front, gaussian.point], -1)
 
     def _network(self) -> RowMap:
         if self.row_map is None:

@@ -243,7 +243,7 @@ FITS: dict[str, tuple[dict[str, Any], str]] = {
         r"optimizer='sgd' is unknown: give one of 'lbfgs', 'adam'",
     ),
     "particles": ({"num_particles": 5}, r"num_particles=5 draws of noise for 2 .*at least 6"),
-    "starts": ({"num_starts": 2, "num_particles": 20}, r"num_starts=2: the flow does not end"),
+    "starts": ({"num_starts": 2, "num_particles": 20}, r"num_starts=2: this flow does not end"),
 }
 
 

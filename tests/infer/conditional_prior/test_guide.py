@@ -386,10 +386,14 @@ def test_any_module_is_a_flow(flow: Callable[[int], nn.Module], rows: int) -> No
 
 def test_fit_goes_on_from_where_it_is() -> None:
     guide = ConditionalPriorGuide(_conditioned(), "planar")
-    first = guide.fit(progress=False, num_particles=100, max_iter=3)
+    options: dict[str, Any] = {"progress": False, "num_particles": 400, "num_starts": 1}
+    first = guide.fit(**options, max_iter=1)
     psi = guide.psi.detach().clone()
-    second = guide.fit(progress=False, num_particles=100, max_iter=30)
-    assert (second.held_out_c_elbo.sum() > first.held_out_c_elbo.sum()).all()
+    second = guide.fit(**options, max_iter=20)
+    # what it starts from is what it had, on other noise
+    error = first.held_out_error + second.held_out_error
+    assert ((second.trace[0] - first.c_elbo).abs() < 5 * error).all()
+    assert second.held_out_c_elbo.sum() > first.held_out_c_elbo.sum()
     assert not torch.equal(psi, guide.psi)
 
 

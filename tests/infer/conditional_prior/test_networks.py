@@ -198,13 +198,24 @@ def test_an_affine_map_has_any_gaussian() -> None:
 
 
 @pytest.mark.parametrize("family", ["gvi", "planar", "spline"])
-def test_centred_maps_lie_where_they_are_asked_to(family: str) -> None:
+def test_flows_end_in_an_affine_map_that_can_be_centred(family: str) -> None:
     row_map = MAKERS[family](3)
+    affine = row_map.affine_end()
+    assert affine is not None
     loc = torch.randn(ROWS, 3)
-    psi = row_map.centred(row_map.initial(ROWS), loc, 0.01)
-    assert psi is not None
+    psi = torch.cat(
+        [row_map.initial(ROWS)[:, : -affine.num_parameters], affine.centred(loc, 0.01)], -1
+    )
     latents, _ = row_map.to_latents(torch.randn(ROWS, DRAWS, 3), psi)
     torch.testing.assert_close(latents, loc[:, None].expand(-1, DRAWS, -1), rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("family", ["fcn", "Bijection"])
+def test_other_maps_do_not(family: str) -> None:
+    row_map = MAKERS[family](3)
+    assert row_map.affine_end() is None
+    with pytest.raises(NotImplementedError, match="is not affine"):
+        row_map.centred(torch.zeros(ROWS, 3), 0.01)
 
 
 def test_fully_connected_maps_are_for_few_latents_and_have_no_inverse() -> None:

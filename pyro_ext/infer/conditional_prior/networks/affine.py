@@ -52,11 +52,15 @@ class AffineMap(RowMap):
         noise = torch.linalg.solve_triangular(factor, centred, upper=False).mT
         return noise, -log_scale.sum(-1, keepdim=True).expand(latents.shape[:-1])
 
-    def centred(self, psi: Tensor, loc: Tensor, scale: float) -> Tensor:
+    def affine_end(self) -> RowMap:
+        """See :meth:`RowMap.affine_end`."""
+        return self
+
+    def centred(self, loc: Tensor, scale: float) -> Tensor:
         """See :meth:`RowMap.centred`."""
         log_scale = math.log(scale)
         theta = log_scale / (1 - abs(log_scale) / _MAX_LOG_SCALE)
-        below = psi.new_zeros(len(psi), self.num_parameters - 2 * self.features)
+        below = loc.new_zeros(len(loc), self.num_parameters - 2 * self.features)
         return torch.cat([loc, torch.full_like(loc, theta), below], -1)
 
     def _parts(self, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,16 +62,19 @@ class RowMap(nn.Module, ABC):
             ``(rows, draws)``.
         """
 
-    def centred(self, psi: Tensor, loc: Tensor, scale: float) -> Tensor | None:
-        """
-        Parameters that put the latents around other places.
-
-        :param Tensor psi: present parameters, shape ``(rows, num_parameters)``.
-        :param Tensor loc: where the latents should lie, shape ``(rows, features)``.
-        :param float scale: how much the last affine map should shrink.
-        :returns: new parameters, or ``None`` for a map that does not end in an affine one.
-        """
+    def affine_end(self) -> RowMap | None:
+        """The affine map that the latents come out of, by which they can be moved, if any."""
         return None
+
+    def centred(self, loc: Tensor, scale: float) -> Tensor:
+        """
+        Parameters of an affine map that put the latents around given places.
+
+        :param Tensor loc: where the latents should lie, shape ``(rows, features)``.
+        :param float scale: by how much the noise should shrink.
+        :returns: shape ``(rows, num_parameters)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not affine.")
 
 
 class Chain(RowMap):
@@ -106,11 +109,9 @@ class Chain(RowMap):
             log_det = log_det + log_det_of_one
         return latents, log_det
 
-    def centred(self, psi: Tensor, loc: Tensor, scale: float) -> Tensor | None:
-        """See :meth:`RowMap.centred`."""
-        *others, last = self._split(psi)
-        centred = self.maps[-1].centred(last, loc, scale)
-        return None if centred is None else torch.cat([*others, centred], -1)
+    def affine_end(self) -> RowMap | None:
+        """See :meth:`RowMap.affine_end`."""
+        return self.maps[-1].affine_end()
 
     def _split(self, psi: Tensor) -> list[Tensor]:
         return list(psi.split([each.num_parameters for each in self.maps], -1))
