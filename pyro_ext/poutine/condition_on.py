@@ -149,6 +149,7 @@ class ConditionOnMessenger(Messenger):
                 _check_finite(name, given, self.mask.get(name))
             mask = mask.to(given.device)
         msg["value"] = _complete(name, fn, given, mask, units.event_dim)
+        mask = mask.to(msg["value"].device)
         msg["is_observed"] = True
         msg["fn"] = units.mask(mask).to_event(event_dims)
         evidence = Evidence(units, mask, event_dims, given)

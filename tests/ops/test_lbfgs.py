@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pyro_ext.ops.lbfgs import minimize_lbfgs
 from pyro_ext.ops.row_adam import minimize_adam
-from pyro_ext.ops.rows import Objective, RowStatus
+from pyro_ext.ops.rows import BestPoints, Objective, RowsResult, RowStatus
 
-OPTIMIZERS = {"lbfgs": minimize_lbfgs, "adam": minimize_adam}
+OPTIMIZERS: dict[str, Callable[..., RowsResult]] = {"lbfgs": minimize_lbfgs, "adam": minimize_adam}
 
 
 def _objective(function: Callable[[Tensor], Tensor]) -> Objective:
@@ -194,6 +194,53 @@ def test_callback_sees_the_best_values_and_who_runs(optimizer: str) -> None:
     torch.testing.assert_close(torch.stack([value for value, _ in seen]), result.trace)
     assert not seen[-1][1].any()
     assert seen[0][1].all()
+
+
+def test_a_second_opinion_chooses_the_points_and_ends_rows() -> None:
+    """By the other objective row 0 is best half way, and row 1 where this one is."""
+    centre = torch.full((2, 2), 2.0)
+
+    def validate(x: Tensor) -> Tensor:
+        return (x - torch.tensor([[1.0, 1.0], [2.0, 2.0]])).square().sum(-1)
+
+    def function(x: Tensor) -> Tensor:
+        return (x - centre).square().sum(-1)
+
+    options: dict[str, Any] = {"gradient_tol": 0.0, "value_tol": 0.0, "learning_rate": 0.02}
+    result = minimize_adam(_objective(function), torch.zeros(2, 2), validate=validate, **options)
+    assert int(result.status[0]) == RowStatus.STOPPED_EARLY
+    torch.testing.assert_close(result.value, function(result.point))
+    torch.testing.assert_close(result.point[0], torch.ones(2), rtol=0, atol=0.1)
+    torch.testing.assert_close(result.point[1], centre[1], rtol=0, atol=0.1)
+    assert int(result.num_iterations[0]) < int(result.num_iterations[1])
+
+
+def test_lbfgs_returns_the_point_that_the_second_opinion_likes() -> None:
+    start = torch.tensor([[-1.2, 1.0, -1.2, 1.0]])
+    opinion = torch.tensor([[-0.5, 0.3, 0.1, 0.0]])
+    options: dict[str, Any] = {"max_iter": 300, "gradient_tol": 1e-9, "value_tol": 0.0}
+    free = minimize_lbfgs(_objective(_rosenbrock), start, **options)
+    judged = minimize_lbfgs(
+        _objective(_rosenbrock),
+        start,
+        validate=lambda x: (x - opinion).square().sum(-1),
+        **options,
+    )
+    assert int(judged.status[0]) == RowStatus.STOPPED_EARLY
+    assert judged.num_evaluations < free.num_evaluations
+    assert (judged.point - opinion).norm() < 0.8 * (free.point - opinion).norm()
+    torch.testing.assert_close(judged.value, _rosenbrock(judged.point))
+
+
+def test_points_of_a_second_opinion_that_is_nan_are_not_taken() -> None:
+    best = BestPoints(
+        torch.zeros(2, 1), torch.ones(2), lambda x: torch.full_like(x[:, 0], float("nan")), every=1
+    )
+    for _ in range(6):
+        stops = best.update(torch.ones(2, 1), torch.zeros(2))
+    assert stops.all()
+    torch.testing.assert_close(best.point, torch.zeros(2, 1))
+    torch.testing.assert_close(best.trace[-1], torch.zeros(2))
 
 
 def test_adam_takes_the_steps_of_torch() -> None:
