@@ -156,9 +156,10 @@ def _report(bar: tqdm, value: Tensor, running: Tensor) -> None:
 def _better_rows(
     first: RowsResult, second: RowsResult, validate: Callable[[Tensor], Tensor]
 ) -> RowsResult:
-    """Of each row the result with the lower value on other noise."""
+    """Of each row the result with the lower value on other noise, but none above the start."""
     values = [torch.nan_to_num(validate(r.point), nan=float("inf")) for r in (first, second)]
     better = (values[1] < values[0]) & (second.status != RowStatus.NOT_FINITE)
+    better &= second.value <= first.trace[0]
     return RowsResult(
         point=torch.where(better[:, None], second.point, first.point),
         value=torch.where(better, second.value, first.value),

@@ -181,6 +181,7 @@ class _Bernoulli:
 FLOWS: dict[str, dict[str, Any]] = {"gvi": {}, "planar": {"num_layers": 8}, "spline": {}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", FLOWS)
 def test_bounds_and_queries_of_a_nonlinear_decoder(flow: str) -> None:
     problem = _Bernoulli(4, 12)
