@@ -97,6 +97,10 @@ def test_networks_import_only_torch() -> None:
     assert _libraries("pyro_ext.nn") == {"torch"}
 
 
+def test_operations_on_tensors_do_not_know_pyro() -> None:
+    assert "pyro" not in _libraries("pyro_ext.ops")
+
+
 def test_layers_of_flows_do_not_know_pyro() -> None:
     assert "pyro" not in _libraries("pyro_ext.distributions.transforms")
     inside = {
@@ -105,5 +109,5 @@ def test_layers_of_flows_do_not_know_pyro() -> None:
         for target in _imports(f"{name}.__init__" if path.name == "__init__.py" else name, path)
         if target.startswith("pyro_ext.")
     }
-    allowed = ("pyro_ext.distributions.transforms", "pyro_ext.nn")
+    allowed = ("pyro_ext.distributions.transforms", "pyro_ext.nn", "pyro_ext.ops")
     assert all(target.startswith(allowed) for target in inside)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+
+from ...ops.compilation import validation_kept
 
 __all__ = ["CompiledLayers", "can_compile"]
 
@@ -55,7 +55,7 @@ class CompiledLayers:
     def _run(
         self, kind: Any, function: Callable[..., tuple[Tensor, Tensor]], *args: Any
     ) -> tuple[Tensor, Tensor]:
-        with _validation_kept():
+        with validation_kept():
             if kind not in self._functions:
                 self._functions[kind] = torch.compile(function)
             return self._functions[kind](*args)
@@ -77,14 +77,3 @@ def can_compile() -> bool:
     """Whether the compiler may be called here: not from code that it or a transform traces."""
     # torch has no public name for the second question
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-
-
-@contextmanager
-def _validation_kept() -> Iterator[None]:
-    """``torch.compile`` switches the validation of distributions off; switch it back."""
-    is_enabled = Distribution._validate_args
-    try:
-        yield
-    finally:
-        if Distribution._validate_args != is_enabled:
-            Distribution.set_default_validate_args(is_enabled)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ...ops.compilation import validation_kept
 from ...ops.recording import RecordingError, flatten
 from .structure import Jacobian
 from .system import ConstrainedSystem, Point
@@ -93,8 +92,8 @@ def _record(
     except RecordingError:
         run = make_fx(tensors)(*examples) if compile else tensors
     if compile:
-        run = torch.compile(run, dynamic=False)
-        with _validation_kept():
+        with validation_kept():
+            run = torch.compile(run, dynamic=False)
             run(*examples)
 
     def call(*arguments: Tensor) -> Any:
@@ -104,13 +103,3 @@ def _record(
         return tree_unflatten(results, spec)
 
     return call
-
-
-@contextmanager
-def _validation_kept() -> Iterator[None]:
-    """``torch.compile`` switches the validation of distributions off; switch it back."""
-    is_enabled = Distribution._validate_args
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(is_enabled)
