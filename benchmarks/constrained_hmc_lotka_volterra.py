@@ -45,14 +45,14 @@ import torch
 
 from pyro_ext import MCMC, ConstrainedHMC
 from pyro_ext.infer.constrained_hmc.assembly import build_system, default_tolerances
-from pyro_ext.infer.constrained_hmc.integrator import (
+from pyro_ext.infer.constrained_hmc.dynamics.integrator import (
     IntegratorSettings,
     PhaseState,
     leapfrog_step,
 )
-from pyro_ext.infer.constrained_hmc.model import ConstrainedModel
-from pyro_ext.infer.constrained_hmc.projection import quasi_newton
-from pyro_ext.infer.constrained_hmc.system import project_momentum
+from pyro_ext.infer.constrained_hmc.dynamics.projection import quasi_newton
+from pyro_ext.infer.constrained_hmc.model.constrained_model import ConstrainedModel
+from pyro_ext.infer.constrained_hmc.system.constrained_system import project_momentum
 from tutorials.lotka_volterra import simulator
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")

@@ -39,14 +39,14 @@ from benchmarks._memory import growth
 from benchmarks._report import progress, write_table
 from pyro_ext import ConstrainedHMC, ConstrainedNUTS
 from pyro_ext.infer.constrained_hmc.assembly import Preferences, assemble, default_tolerances
-from pyro_ext.infer.constrained_hmc.integrator import (
+from pyro_ext.infer.constrained_hmc.dynamics.integrator import (
     IntegratorSettings,
     PhaseState,
     leapfrog_step,
 )
-from pyro_ext.infer.constrained_hmc.model import ConstrainedModel
-from pyro_ext.infer.constrained_hmc.projection import quasi_newton
-from pyro_ext.infer.constrained_hmc.system import project_momentum
+from pyro_ext.infer.constrained_hmc.dynamics.projection import quasi_newton
+from pyro_ext.infer.constrained_hmc.model.constrained_model import ConstrainedModel
+from pyro_ext.infer.constrained_hmc.system.constrained_system import project_momentum
 from tutorials.lotka_volterra import simulator
 
 NAME = "constrained_hmc_structure"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_ext import lift_observations
-from pyro_ext.infer.constrained_hmc.model import ConstrainedModel
+from pyro_ext.infer.constrained_hmc.model.constrained_model import ConstrainedModel
 
 _DATA = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import VectorizationWarning
 from ...ops.recording import RecordingError, record
-from .cost import is_cheap_dense
-from .defects import find_misplaced, has_lost_digits
-from .detection import choose_dense, choose_structure, possible_modes, recorded_system
+from .dynamics.projection import Tolerances
 from .guard import GuardedSystem
-from .model import ConstrainedModel
-from .projection import Tolerances
-from .sparsity import Pattern, find_pattern, merge_patterns
-from .system import ConstrainedSystem, ScalarFunction
+from .jacobian.sparsity import Pattern, find_pattern, merge_patterns
+from .model.constrained_model import ConstrainedModel
+from .system.constrained_system import ConstrainedSystem, ScalarFunction
+from .system.cost import is_cheap_dense
+from .system.defects import find_misplaced, has_lost_digits
+from .system.detection import choose_dense, choose_structure, possible_modes, recorded_system
 
 __all__ = [
     "STRUCTURES",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ...errors import SamplingWarning
-from .compilation import RecordedSystem
-from .defects import Misplaced, find_misplaced, has_lost_digits
-from .inspection import ModelStructure
-from .structure import Jacobian
-from .system import ConstrainedSystem, Point
+from .jacobian.structure import Jacobian
+from .model.inspection import ModelStructure
+from .system.compilation import RecordedSystem
+from .system.constrained_system import ConstrainedSystem, Point
+from .system.defects import Misplaced, find_misplaced, has_lost_digits
 
 __all__ = ["GuardedSystem"]
 
@@ -66,19 +66,19 @@ class GuardedSystem:
         self._current = self._prepared(system)
 
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
-        """See :meth:`.system.ConstrainedSystem.constraint`."""
+        """See :meth:`.ConstrainedSystem.constraint`."""
         return self._current.constraint(position, scale)
 
     def jacobian_matrix(self, position: Tensor, scale: Tensor) -> Tensor:
-        """See :meth:`.system.ConstrainedSystem.jacobian_matrix`."""
+        """See :meth:`.ConstrainedSystem.jacobian_matrix`."""
         return self._current.jacobian_matrix(position, scale)
 
     def jacobian(self, position: Tensor, scale: Tensor) -> Jacobian:
-        """See :meth:`.system.ConstrainedSystem.jacobian`."""
+        """See :meth:`.ConstrainedSystem.jacobian`."""
         return self._current.jacobian(position, scale)
 
     def point(self, position: Tensor, scale: Tensor) -> Point:
-        """See :meth:`.system.ConstrainedSystem.point`."""
+        """See :meth:`.ConstrainedSystem.point`."""
         point = self._current.point(position, scale)
         self._num_points += 1
         if self._has_structure and self._num_points % self._check_interval == 0:

@@ -8,11 +8,13 @@ from typing import Any
 
 from pyro.infer.autoguide.initialization import init_to_sample
 
-from .adaptation import dual_averaging_final
-from .integrator import IntegratorSettings
+from .dynamics.integrator import IntegratorSettings
+from .dynamics.transitions import hmc_transition
 from .kernel import ConstrainedKernel, Draw, check_positive
 from .records import RunRecord
-from .trajectory_length import (
+from .warmup.adaptation import dual_averaging_final
+from .warmup.chains import Chains, adaptation_statistic
+from .warmup.trajectory_length import (
     LengthAdaptation,
     Trajectories,
     freeze_length,
@@ -21,8 +23,6 @@ from .trajectory_length import (
     length_adaptation_update,
     plan_trajectory,
 )
-from .transitions import hmc_transition
-from .warmup import Chains, adaptation_statistic
 
 __all__ = ["ConstrainedHMC"]
 

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from ...errors import PrecisionWarning, SamplingWarning
 from ..vectorized import VectorizedKernel
-from .adaptation import dual_averaging_init, running_variance_init
 from .assembly import (
     STRUCTURES,
     Preferences,
@@ -24,15 +23,16 @@ from .assembly import (
     guarded_system,
     settle,
 )
+from .dynamics.integrator import IntegratorSettings
+from .dynamics.projection import Projector, Tolerances, hybrid, newton, quasi_newton
+from .dynamics.status import Status
+from .dynamics.transitions import TransitionInfo
 from .guard import GuardedSystem
-from .integrator import IntegratorSettings
-from .model import ConstrainedModel
-from .projection import Projector, Tolerances, hybrid, newton, quasi_newton
+from .model.constrained_model import ConstrainedModel
 from .records import RunRecord
 from .start import initial_positions, values_per_chain
-from .status import Status
-from .transitions import TransitionInfo
-from .warmup import Chains, WarmupSettings, adapt, rescue_factor, restart_step_size
+from .warmup.adaptation import dual_averaging_init, running_variance_init
+from .warmup.chains import Chains, WarmupSettings, adapt, rescue_factor, restart_step_size
 
 __all__ = ["ConstrainedKernel", "Draw", "check_positive"]
 

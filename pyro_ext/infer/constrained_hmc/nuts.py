@@ -7,11 +7,11 @@ from typing import Any
 
 from pyro.infer.autoguide.initialization import init_to_sample
 
-from .integrator import IntegratorSettings
+from .dynamics.integrator import IntegratorSettings
+from .dynamics.no_u_turn import no_u_turn_transition
 from .kernel import ConstrainedKernel, Draw, check_positive
-from .no_u_turn import no_u_turn_transition
 from .records import RunRecord
-from .warmup import Chains, adaptation_statistic
+from .warmup.chains import Chains, adaptation_statistic
 
 __all__ = ["ConstrainedNUTS"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .status import Status
-from .transitions import TransitionInfo
+from .dynamics.status import Status
+from .dynamics.transitions import TransitionInfo
 
 __all__ = ["RunRecord"]
 

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from ...errors import InitializationError, SamplingWarning
 from .assembly import can_differentiate_forwards
-from .block_structure import BlockStructure
-from .detection import with_structure
-from .differentiability import check_dependence, check_rank
-from .initialization import InitialPoints, find_initial_points
-from .linearization import Linearize, block_linearization
-from .local_start import solve_local_blocks
-from .model import ConstrainedModel
-from .projection import BatchFunction, Tolerances
-from .structure import DenseStructure, LinAlgError
-from .system import ConstrainedSystem
+from .dynamics.projection import BatchFunction, Tolerances
+from .jacobian.block_structure import BlockStructure
+from .jacobian.structure import DenseStructure, LinAlgError
+from .model.constrained_model import ConstrainedModel
+from .model.differentiability import check_dependence, check_rank
+from .search.initialization import InitialPoints, find_initial_points
+from .search.linearization import Linearize, block_linearization
+from .search.local_start import solve_local_blocks
+from .system.constrained_system import ConstrainedSystem
+from .system.detection import with_structure
 
 __all__ = ["initial_positions", "values_per_chain"]
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyro_ext.infer.constrained_hmc.block_structure import BlockStructure
-from pyro_ext.infer.constrained_hmc.partition import find_splits
-from pyro_ext.infer.constrained_hmc.sparsity import find_pattern
+from pyro_ext.infer.constrained_hmc.jacobian.block_structure import BlockStructure
+from pyro_ext.infer.constrained_hmc.jacobian.partition import find_splits
+from pyro_ext.infer.constrained_hmc.jacobian.sparsity import find_pattern
 from tests.infer.constrained_hmc.problems import Problem
 
 __all__ = ["BlockProblem", "block_problem", "block_shapes", "structure_of"]

@@ -6,9 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ext.infer.constrained_hmc.integrator import IntegratorSettings, PhaseState
-from pyro_ext.infer.constrained_hmc.projection import Projector, Tolerances, quasi_newton
-from pyro_ext.infer.constrained_hmc.system import ConstrainedSystem, project_momentum
+from pyro_ext.infer.constrained_hmc.dynamics.integrator import IntegratorSettings, PhaseState
+from pyro_ext.infer.constrained_hmc.dynamics.projection import Projector, Tolerances, quasi_newton
+from pyro_ext.infer.constrained_hmc.system.constrained_system import (
+    ConstrainedSystem,
+    project_momentum,
+)
 
 __all__ = [
     "PROBLEMS",

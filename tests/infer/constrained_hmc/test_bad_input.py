@@ -21,7 +21,7 @@ from pyro_ext.errors import (
     VectorizationWarning,
 )
 from pyro_ext.infer.constrained_hmc.assembly import build_system
-from pyro_ext.infer.constrained_hmc.model import ConstrainedModel
+from pyro_ext.infer.constrained_hmc.model.constrained_model import ConstrainedModel
 
 
 def run(

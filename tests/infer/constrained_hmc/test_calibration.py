@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from pyro_ext.infer.constrained_hmc.assembly import default_tolerances
-from pyro_ext.infer.constrained_hmc.integrator import IntegratorSettings
-from pyro_ext.infer.constrained_hmc.model import ConstrainedModel
-from pyro_ext.infer.constrained_hmc.projection import quasi_newton
-from pyro_ext.infer.constrained_hmc.structure import DenseJacobian
-from pyro_ext.infer.constrained_hmc.system import ConstrainedSystem, Point
-from pyro_ext.infer.constrained_hmc.transitions import hmc_transition
+from pyro_ext.infer.constrained_hmc.dynamics.integrator import IntegratorSettings
+from pyro_ext.infer.constrained_hmc.dynamics.projection import quasi_newton
+from pyro_ext.infer.constrained_hmc.dynamics.transitions import hmc_transition
+from pyro_ext.infer.constrained_hmc.jacobian.structure import DenseJacobian
+from pyro_ext.infer.constrained_hmc.model.constrained_model import ConstrainedModel
+from pyro_ext.infer.constrained_hmc.system.constrained_system import ConstrainedSystem, Point
 from tests.statistics import assert_uniform_ranks
 
 NUM_REPLICATIONS = 2000

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_ext.errors import VectorizationWarning
 from pyro_ext.infer import MCMC, ConstrainedHMC
-from pyro_ext.infer.constrained_hmc.status import Status
+from pyro_ext.infer.constrained_hmc.dynamics.status import Status
 
 X = torch.tensor([2.2, 2.1], dtype=torch.float64)
 

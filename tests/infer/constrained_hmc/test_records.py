@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from pyro_ext.infer.constrained_hmc.dynamics.status import Status
+from pyro_ext.infer.constrained_hmc.dynamics.transitions import TransitionInfo
 from pyro_ext.infer.constrained_hmc.records import RunRecord
-from pyro_ext.infer.constrained_hmc.status import Status
-from pyro_ext.infer.constrained_hmc.transitions import TransitionInfo
 
 
 def record(status: torch.Tensor, accepted: torch.Tensor | None = None) -> RunRecord:

@@ -15,9 +15,9 @@ from torch import Tensor
 from pyro_ext import MCMC, ConstrainedHMC, ConstrainedNUTS
 from pyro_ext.errors import SamplingWarning, VectorizationWarning
 from pyro_ext.infer.constrained_hmc.assembly import Preferences, assemble, settle
-from pyro_ext.infer.constrained_hmc.block_structure import BlockStructure
-from pyro_ext.infer.constrained_hmc.model import ConstrainedModel
-from pyro_ext.infer.constrained_hmc.structure import DenseStructure
+from pyro_ext.infer.constrained_hmc.jacobian.block_structure import BlockStructure
+from pyro_ext.infer.constrained_hmc.jacobian.structure import DenseStructure
+from pyro_ext.infer.constrained_hmc.model.constrained_model import ConstrainedModel
 from tests.statistics import assert_moments
 
 Model = Callable[..., Any]

@@ -1,0 +1,1 @@
+"""Jacobians of one form each: their patterns, products and factorisations."""

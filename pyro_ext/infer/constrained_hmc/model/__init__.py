@@ -1,0 +1,1 @@
+"""A Pyro model as a constraint and a density of standardised inputs."""

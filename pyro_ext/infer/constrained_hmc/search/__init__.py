@@ -1,0 +1,1 @@
+"""Searching for points on a manifold."""

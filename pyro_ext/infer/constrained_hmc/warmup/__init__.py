@@ -1,0 +1,1 @@
+"""What warm-up adapts: step size, trajectory length, scale of the inputs."""
