@@ -171,13 +171,18 @@ def _better_rows(
 
 
 def summarize(
-    result: RowsResult, held_out: Tensor, row_shape: torch.Size, started: float
+    result: RowsResult,
+    held_out: Tensor,
+    folded: Tensor,
+    row_shape: torch.Size,
+    started: float,
 ) -> FitResult:
     """
     Put the result of a fit together, and warn of what deserves suspicion.
 
     :param RowsResult result: of :func:`minimize`.
     :param Tensor held_out: terms of the C-ELBO on fresh noise, shape ``(draws, rows)``.
+    :param Tensor folded: rows whose network is not one-to-one, shape ``(rows,)``.
     :param torch.Size row_shape: shape of the results.
     :param float started: ``time.perf_counter()`` at the start.
     """
@@ -199,6 +204,14 @@ def summarize(
             f"In {int(learned.sum())} of {len(learned)} rows the C-ELBO on fresh noise is up to "
             f"{float(gap[learned].max()):.3g} lower than on the noise of the fit, which was "
             "learned by heart: give more particles, or a smaller flow.",
+            SamplingWarning,
+            stacklevel=3,
+        )
+    if bool(folded.any()):
+        warnings.warn(
+            f"In {int(folded.sum())} of {len(folded)} rows the network folds: the determinant of "
+            "its Jacobian has both signs. There the C-ELBO is no bound and may lie above log "
+            "p(x). Compare such a fit by its query_log_prob, or use 'planar' or 'spline'.",
             SamplingWarning,
             stacklevel=3,
         )

@@ -267,12 +267,15 @@ class ConditionalPriorGuide(PyroModule):
             self.psi.copy_(result.point)
             held_out = self._fresh_noise(num_particles)
             terms = self._terms(target, self._network(), self.psi, held_out)
-        return summarize(result, terms, self._result_shape(), started)
+            folded = self._network().folds(held_out.expand(len(self.psi), -1, -1), self.psi)
+        return summarize(result, terms, folded, self._result_shape(), started)
 
     @torch.no_grad()
     def c_elbo(self, num_particles: int = 1000) -> Tensor:
         """
         The conditional ELBO on fresh noise, a lower bound of the log-evidence of each row.
+
+        That of "fcn" is none where the network folds, of which :meth:`fit` warns.
 
         :param int num_particles: number of draws.
         :returns: of the shape of the rows.
@@ -286,6 +289,8 @@ class ConditionalPriorGuide(PyroModule):
     def importance_bound(self, num_particles: int = 1000) -> ImportanceBound:
         """
         A tighter bound of the log-evidence, and how well the guide fits, by importance weights.
+
+        Of "fcn" it is no bound where the network folds, because the weights are too large there.
 
         :param int num_particles: number of draws, at least 25.
         """

@@ -255,6 +255,16 @@ def test_settings_of_a_fit(case: str) -> None:
         guide.fit(progress=False, **settings)
 
 
+def test_a_network_that_folds_is_reported() -> None:
+    guide = ConditionalPriorGuide(
+        linear_gaussian(2, 1, 3).model, "fcn", num_layers=1, hidden_features=1
+    ).setup()
+    with torch.no_grad():
+        guide.psi.copy_(torch.tensor([[1.0, 0.0, -3.0, 0.0], [1.0, 0.0, 0.1, 0.0]]))
+    with pytest.warns(SamplingWarning, match=r"In 1 of 2 rows the network folds.*is no bound"):
+        guide.fit(progress=False, max_iter=1)
+
+
 def test_questions_before_the_model_is_known() -> None:
     guide = ConditionalPriorGuide(linear_gaussian(2, 2, 3).model)
     for question in (

@@ -227,6 +227,18 @@ def test_fully_connected_maps_are_for_few_latents_and_have_no_inverse() -> None:
         row_map.to_noise(torch.zeros(1, 1, 2), row_map.initial(1))
 
 
+def test_a_map_folds_where_its_determinant_changes_sign() -> None:
+    """z = e + c tanh(e) turns back near zero if c is below -1, and only then."""
+    row_map = FullyConnectedMap(1, 1, 1)
+    psi = torch.tensor([[1.0, 0.0, c, 0.0] for c in (-3.0, -0.9, 3.0)])
+    noise = torch.linspace(-3, 3, 20)[:, None].expand(3, -1, -1)
+    assert row_map.folds(noise, psi).tolist() == [True, False, False]
+    steps = row_map.to_latents(noise, psi)[0].diff(dim=1).squeeze(-1)
+    assert ((steps < 0).any(1) & (steps > 0).any(1)).tolist() == [True, False, False]
+    gvi = make_row_map("gvi", 1)
+    assert not gvi.folds(noise, gvi.initial(3)).any()
+
+
 def test_templates_leave_the_module_as_it_is() -> None:
     module = _spline_bijection(3)
     before = {name: value.clone() for name, value in module.state_dict().items()}

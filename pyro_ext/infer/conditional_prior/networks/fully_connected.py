@@ -22,7 +22,7 @@ class FullyConnectedMap(RowMap):
     The Jacobian is carried forward through the layers, one column for each feature, and its
     determinant computed for every draw, which is why the number of features is limited. Nothing
     makes this map one-to-one: where it folds over, the objective of theorem 2 is not a bound, and
-    the density of given latents is unknown.
+    the density of given latents is unknown. :meth:`folds` finds out.
 
     :param int features: number of latents d, at most 10.
     :param int hidden_features: units of a hidden layer.
@@ -56,6 +56,20 @@ class FullyConnectedMap(RowMap):
 
     def to_latents(self, noise: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`RowMap.to_latents`."""
+        latents, jacobian = self._with_jacobian(noise, psi)
+        return latents, torch.linalg.slogdet(jacobian).logabsdet
+
+    def folds(self, noise: Tensor, psi: Tensor) -> Tensor:
+        """
+        See :meth:`RowMap.folds`.
+
+        Between draws whose determinants have opposite signs there is a place where the map turns
+        back, by the continuity of the determinant, so that latents near it are reached twice.
+        """
+        sign = torch.linalg.slogdet(self._with_jacobian(noise, psi)[1]).sign
+        return (sign > 0).any(-1) & (sign < 0).any(-1)
+
+    def _with_jacobian(self, noise: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
         d = self.features
         hidden, jacobian = noise, torch.eye(d, dtype=noise.dtype, device=noise.device)
         jacobian = jacobian.expand(*noise.shape[:-1], d, d)
@@ -68,7 +82,7 @@ class FullyConnectedMap(RowMap):
                 hidden = hidden.tanh()
                 jacobian = jacobian * (1 - hidden.square()).unsqueeze(-2)
         identity = torch.eye(d, dtype=noise.dtype, device=noise.device)
-        return noise + hidden, torch.linalg.slogdet(identity + jacobian).logabsdet
+        return noise + hidden, identity + jacobian
 
     def to_noise(self, latents: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
         """Not available.

@@ -62,6 +62,16 @@ class RowMap(nn.Module, ABC):
             ``(rows, draws)``.
         """
 
+    def folds(self, noise: Tensor, psi: Tensor) -> Tensor:
+        """
+        Which rows have a map that is seen not to be one-to-one; none, where there is an inverse.
+
+        :param Tensor noise: shape ``(rows, draws, features)``.
+        :param Tensor psi: shape ``(rows, num_parameters)``.
+        :returns: boolean, shape ``(rows,)``.
+        """
+        return torch.zeros(len(psi), dtype=torch.bool, device=psi.device)
+
     def affine_end(self) -> RowMap | None:
         """The affine map that the latents come out of, by which they can be moved, if any."""
         return None
