@@ -6,8 +6,10 @@ an exception.
 """
 
 __all__ = [
+    "DegenerateWeightsError",
     "InitializationError",
     "ModelStructureError",
+    "NormalizerWarning",
     "PrecisionWarning",
     "PyroExtError",
     "SamplingWarning",
@@ -27,6 +29,10 @@ class InitializationError(PyroExtError):
     """No input that reproduces the observed outputs was found."""
 
 
+class DegenerateWeightsError(PyroExtError):
+    """All particles of a data set have weight zero; the message names the block."""
+
+
 class SamplingWarning(UserWarning):
     """A run finished, but its draws deserve suspicion; the message says why."""
 
@@ -37,3 +43,7 @@ class VectorizationWarning(UserWarning):
 
 class PrecisionWarning(UserWarning):
     """A model runs in a precision that limits how exactly its outputs can be matched."""
+
+
+class NormalizerWarning(UserWarning):
+    """Estimates of the normaliser of a density are not what quadrature gives."""

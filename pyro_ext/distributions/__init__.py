@@ -8,14 +8,18 @@ from .dequantization import DequantizedFlow as DequantizedFlow
 from .dequantization import UniformDequantization as UniformDequantization
 from .dequantization import VariationalDequantization as VariationalDequantization
 from .dequantization import bits_per_dimension as bits_per_dimension
+from .energy import AutoregressiveEnergyMachine as AutoregressiveEnergyMachine
+from .energy import EnergyMachineDistribution as EnergyMachineDistribution
 from .flow import FlowDistribution as FlowDistribution
 from .image_flow import ImageSplineFlow as ImageSplineFlow
 from .spline_flow import NeuralSplineFlow as NeuralSplineFlow
 
 __all__ = [
     *_of_pyro,
+    "AutoregressiveEnergyMachine",
     "Dequantized",
     "DequantizedFlow",
+    "EnergyMachineDistribution",
     "FlowDistribution",
     "ImageSplineFlow",
     "NeuralSplineFlow",
