@@ -19,9 +19,15 @@ from .guard import GuardedSystem
 from .jacobian.sparsity import Pattern, find_pattern, merge_patterns
 from .model.constrained_model import ConstrainedModel
 from .system.constrained_system import ConstrainedSystem, ScalarFunction
-from .system.cost import is_cheap_dense
+from .system.cost import is_cheap_dense, workload
 from .system.defects import find_misplaced, has_lost_digits
-from .system.detection import choose_dense, choose_structure, possible_modes, recorded_system
+from .system.detection import (
+    choose_dense,
+    choose_structure,
+    is_small,
+    possible_modes,
+    recorded_system,
+)
 
 __all__ = [
     "STRUCTURES",
@@ -38,6 +44,7 @@ __all__ = [
 STRUCTURES = ("auto", "dense", "elementwise", "autoregressive")
 _PRIOR_DRAWS = 4
 _STARTS = 2  # starting points at which a pattern is read again
+_MOST_PRODUCTS = 512  # of one kind, to read the pattern of a large Jacobian
 _NEARBY = 0.1  # standard deviations from a starting point
 
 
@@ -188,14 +195,24 @@ def _choose(
     """Choose a structure by the pattern at some points and what is known from others."""
     num_chains, mode, kind = preferences
     constraint = system.functions[0]
-    is_cheap = kind == "auto" and is_cheap_dense(constraint, points, num_chains)
-    if kind == "dense" or is_cheap:
+    num_rows = vmap(constraint)(points).shape[-1]
+    shape = (num_rows, points.shape[-1])
+    load = workload(constraint, points[:2])
+    if kind == "dense" or (kind == "auto" and is_cheap_dense(load, shape, num_chains)):
         return _without_structure(system, points, preferences)
-    is_forward = can_differentiate_forwards(constraint, points[0])
-    pattern = find_pattern(constraint, points, forward=is_forward)
+    pattern = find_pattern(
+        constraint,
+        points,
+        forward=can_differentiate_forwards(constraint, points[0]),
+        most_products=None if is_small(shape) or kind == "autoregressive" else _MOST_PRODUCTS,
+    )
     if known is not None:
         pattern = merge_patterns(known, pattern)
-    choice = choose_structure(system, pattern, points, num_chains, kind=kind, jacobian_mode=mode)
+    choice = None
+    if pattern.is_complete:
+        choice = choose_structure(
+            system, pattern, points, num_chains, kind=kind, jacobian_mode=mode
+        )
     if choice is None:
         return _without_structure(system, points, preferences)._replace(pattern=pattern)
     chosen = recorded_system(choice.system, points[0])
@@ -214,6 +231,8 @@ def _without_structure(
 def _describe(pattern: Pattern | None) -> str:
     if pattern is None:
         return "it was not looked for"
+    if not pattern.is_complete:
+        return "it could not be read, because derivatives are not finite or it is large and dense"
     share = len(pattern.rows) / (pattern.num_rows * pattern.num_columns)
     return (
         f"of its {pattern.num_rows} x {pattern.num_columns} entries {share:.0%} are nonzero, and "

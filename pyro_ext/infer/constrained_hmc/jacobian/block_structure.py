@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .block_jacobian import BlockJacobian, factorize_blocks
-from .coloring import compress
+from .compression import compress
 from .partition import Split, partition
 from .sparsity import Pattern
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,14 @@ from torch.utils._pytree import tree_leaves
 from ..jacobian.partition import dense_operations
 from .constrained_system import ConstrainedSystem
 
-__all__ = ["is_cheap_dense", "step_cost"]
+__all__ = [
+    "Workload",
+    "estimated_cost",
+    "is_cheap_dense",
+    "least_dense_cost",
+    "step_cost",
+    "workload",
+]
 
 _ELEMENTS_PER_CALL = 5_000  # elements computed in the time that calling an operation takes
 _MULTIPLICATIONS_PER_ELEMENT = 4  # done by a matrix product in the time of one element
@@ -53,22 +60,66 @@ def step_cost(system: ConstrainedSystem, inputs: Tensor, num_chains: int) -> flo
     )
 
 
-def is_cheap_dense(
-    constraint: Callable[[Tensor], Tensor], inputs: Tensor, num_chains: int
-) -> bool:
+class Workload(NamedTuple):
+    """What one evaluation of a constraint takes."""
+
+    calls: int
+    """Tensor operations, of however many points."""
+
+    work: float
+    """Elements that they compute per point."""
+
+
+def workload(constraint: Callable[[Tensor], Tensor], inputs: Tensor) -> Workload:
     """
-    Whether a dense Jacobian is so cheap that the calls of a structured one alone cost more.
+    Count what a constraint computes.
 
     :param constraint: maps one input to the residuals.
     :param Tensor inputs: a few inputs, ``(points, dim)``.
-    :param int num_chains: chains that a step is for.
     """
     with _Counter() as counter:
-        residual = vmap(constraint)(inputs)
-    num_rows, num_columns = residual.shape[-1], inputs.shape[-1]
-    products = 3 * min(num_rows, num_columns) * counter.work / len(inputs)
-    algebra = dense_operations(num_rows, num_columns) / _MULTIPLICATIONS_PER_ELEMENT
-    return num_chains * (products + algebra) < _CALLS_OF_STRUCTURE * _ELEMENTS_PER_CALL
+        vmap(constraint)(inputs)
+    return Workload(counter.calls, counter.work / len(inputs))
+
+
+def estimated_cost(
+    load: Workload, num_forward: int, num_reverse: int, multiplications: float, num_chains: int
+) -> float:
+    """
+    What :func:`step_cost` might say, without running anything.
+
+    :param load: of the constraint.
+    :param int num_forward: products per Jacobian in forward mode.
+    :param int num_reverse: products in reverse mode.
+    :param float multiplications: to factorise a Jacobian.
+    :param int num_chains: chains that a step is for.
+    """
+    # a product takes two to three evaluations, the gradient of the determinant as much twice more
+    calls = 6 * load.calls * ((num_forward > 0) + (num_reverse > 0))
+    work = 6 * (num_forward + num_reverse) * load.work
+    work += multiplications / _MULTIPLICATIONS_PER_ELEMENT
+    return calls * _ELEMENTS_PER_CALL + work * num_chains
+
+
+def least_dense_cost(load: Workload, shape: tuple[int, int], num_chains: int) -> float:
+    """
+    Bound below the cost of a step with dense Jacobians.
+
+    :param load: of the constraint.
+    :param shape: numbers of constraints and of inputs.
+    :param int num_chains: chains that a step is for.
+    """
+    products = 3 * min(shape) * load.work
+    return num_chains * (products + dense_operations(*shape) / _MULTIPLICATIONS_PER_ELEMENT)
+
+
+def is_cheap_dense(load: Workload, shape: tuple[int, int], num_chains: int) -> bool:
+    """
+    Whether a dense Jacobian is so cheap that the calls of a structured one alone cost more.
+
+    Arguments as for :func:`least_dense_cost`.
+    """
+    return least_dense_cost(load, shape, num_chains) < _CALLS_OF_STRUCTURE * _ELEMENTS_PER_CALL
 
 
 class _Counter(TorchDispatchMode):

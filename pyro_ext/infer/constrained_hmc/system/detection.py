@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,19 +17,22 @@ from ..jacobian.structure import DenseStructure, Structure, projection_error
 from ..jacobian.triangle import find_triangles
 from ..jacobian.triangular_jacobian import TriangularStructure
 from .constrained_system import ConstrainedSystem
-from .cost import step_cost
+from .cost import Workload, estimated_cost, least_dense_cost, step_cost, workload
 
 __all__ = [
     "Choice",
     "choose_dense",
     "choose_structure",
+    "is_small",
     "possible_modes",
     "recorded_system",
     "with_structure",
 ]
 
 _CLEARLY = 2.0  # times that a structured step has to be cheaper
+_BY_FAR = 4.0  # times cheaper than a bound on dense steps, which are not tried then
 _MOST_SPLITS = 3
+_MOST_RATED = 2  # sound structures whose cost is counted
 _FEW_OPERATIONS = 100  # of a constraint: its derivatives are recorded within a moment
 # Forward mode takes a product per input, reverse mode one per constraint. Beyond this many inputs
 # per constraint forward mode cannot win, and trying it could exhaust memory.
@@ -45,6 +48,13 @@ class Choice(NamedTuple):
     cost: float
     is_certain: bool = True
     """Whether nothing cheaper was unsound at the points at which it was looked for."""
+
+
+class _Rated(NamedTuple):
+    """A structure that was tried, and whether projections with it keep their digits."""
+
+    choice: Choice
+    is_sound: bool
 
 
 def with_structure(
@@ -73,6 +83,9 @@ def recorded_system(system: ConstrainedSystem, example: Tensor) -> ConstrainedSy
     constraint, potential = system.functions
     if system.has_recorded_derivatives or not isinstance(constraint, RecordedFunction):
         return system
+    is_matrix = not isinstance(system.structure, BlockStructure)
+    if is_matrix and not is_small((len(constraint(example)), len(example))):
+        return system  # planning what becomes of so many elements takes minutes
     try:
         derivatives = record(system.structure.derivatives(constraint), example)
     except (RecordingError, RuntimeError, NotImplementedError):
@@ -95,8 +108,11 @@ def choose_structure(
     """
     The structure of a Jacobian under which an integrator step is cheapest.
 
+    Costs are estimated from numbers of products, and counted for the structures that seem
+    cheapest; a dense Jacobian that cannot come near is not tried at all.
+
     :param system: a vectorised system.
-    :param pattern: places of the Jacobian that may be nonzero.
+    :param pattern: places of the Jacobian that may be nonzero; complete.
     :param Tensor points: inputs at which a structure must be sound, ``(points, dim)``.
     :param int num_chains: chains that a step is for.
     :param str kind: ``"auto"``, which is dense unless structure pays clearly, or
@@ -104,18 +120,26 @@ def choose_structure(
     :param str jacobian_mode: ``"forward"``, ``"reverse"`` or ``"auto"``.
     :returns: the choice; ``None`` if there is no sound structure of the kind that was asked for.
     """
-    structures = _structures(pattern, points, kind, jacobian_mode)
-    found = [_rated(system, s, s.describe(), points, num_chains) for s in structures]
-    found = sorted((c for c in found if c.cost < math.inf), key=lambda choice: choice.cost)
-    best = next((c for c in found if _is_sound(c.system, points)), None)
-    if kind != "auto":
-        return best
     shape = (pattern.num_rows, pattern.num_columns)
+    load = workload(system.functions[0], points[:2])
+    rated: list[_Rated] = []
+    if kind != "autoregressive":
+        blocks = _block_structures(pattern, points, jacobian_mode, load, num_chains)
+        rated += _rated_until_sound(system, blocks, points, num_chains)
+    best = _cheapest_sound(rated)
+    least = least_dense_cost(load, shape, num_chains)
+    is_settled = best is not None and _BY_FAR * best.cost < least
+    if kind == "autoregressive" or (kind == "auto" and not is_settled and is_small(shape)):
+        triangles = _triangular_structures(pattern, points, jacobian_mode)
+        rated += _rated_until_sound(system, triangles, points, num_chains)
+        best = _cheapest_sound(rated)
+    cheapest = min((each.choice.cost for each in rated), default=math.inf)
+    if kind != "auto" or (best is not None and is_settled):
+        return best and best._replace(is_certain=best.cost <= cheapest)
     dense = choose_dense(system, shape, points, num_chains, jacobian_mode)
     if best is None or dense.cost <= _CLEARLY * best.cost:
-        is_beaten = bool(found) and _CLEARLY * found[0].cost < dense.cost
-        return dense._replace(is_certain=not is_beaten)
-    return best._replace(is_certain=best is found[0])
+        return dense._replace(is_certain=dense.cost <= _CLEARLY * cheapest)
+    return best._replace(is_certain=best.cost <= cheapest)
 
 
 def choose_dense(
@@ -134,13 +158,13 @@ def choose_dense(
     choices = []
     for mode in possible_modes(*shape, jacobian_mode):
         structure, report = DenseStructure(forward=mode == "forward"), f"dense ({mode})"
-        if shape[0] * shape[1] <= _LARGEST_DENSE:
+        if is_small(shape):
             choices.append(_rated(system, structure, report, points, num_chains))
         else:
             choices.append(Choice(with_structure(system, structure, points[0]), report, math.inf))
     best = min(choices, key=lambda choice: choice.cost)
     others = {"forward", "reverse"} - set(possible_modes(*shape, jacobian_mode))
-    if best.cost == math.inf and others and shape[0] * shape[1] <= _LARGEST_DENSE:
+    if best.cost == math.inf and others and is_small(shape):
         # the only mode is wrong, or has no derivative of some operation
         mode = others.pop()
         structure = DenseStructure(forward=mode == "forward")
@@ -148,22 +172,63 @@ def choose_dense(
     return best
 
 
-def _structures(
-    pattern: Pattern, points: Tensor, kind: str, jacobian_mode: str
-) -> Iterator[BlockStructure | TriangularStructure]:
-    shape, device = (pattern.num_rows, pattern.num_columns), points.device
-    if kind in ("auto", "elementwise"):
-        modes = ("forward", "reverse", "mixed") if jacobian_mode == "auto" else (jacobian_mode,)
-        for split in find_splits(pattern)[:_MOST_SPLITS]:
-            if split.num_blocks == 1 and split.num_global == 0:
-                continue  # the Jacobian as it is
-            for mode in modes:
-                yield BlockStructure(pattern, split, mode, dtype=points.dtype, device=device)
-    is_small = shape[0] * shape[1] <= _LARGEST_DENSE
-    if kind == "autoregressive" or (kind == "auto" and is_small):
-        for triangle in find_triangles(pattern):
-            for mode in possible_modes(*shape, jacobian_mode):
-                yield TriangularStructure(pattern, triangle, mode, device=device)
+def is_small(shape: tuple[int, int]) -> bool:
+    """Whether Jacobians with so many rows and columns are worth trying as dense matrices."""
+    return shape[0] * shape[1] <= _LARGEST_DENSE
+
+
+def _block_structures(
+    pattern: Pattern, points: Tensor, jacobian_mode: str, load: Workload, num_chains: int
+) -> list[BlockStructure]:
+    """Structures with local blocks, those first that seem cheapest."""
+    modes = ("forward", "reverse", "mixed") if jacobian_mode == "auto" else (jacobian_mode,)
+    estimates: dict[BlockStructure, float] = {}
+    for split in find_splits(pattern)[:_MOST_SPLITS]:
+        if split.num_blocks == 1 and split.num_global == 0:
+            continue  # the Jacobian as it is
+        least = estimated_cost(load, 0, 0, split.operations, num_chains)
+        if least > min(estimates.values(), default=math.inf):
+            break  # others take even more multiplications
+        for mode in modes:
+            structure = BlockStructure(
+                pattern, split, mode, dtype=points.dtype, device=points.device
+            )
+            products = structure.compression
+            numbers = len(products.forward_seeds), len(products.reverse_seeds)
+            estimate = estimated_cost(load, *numbers, split.operations, num_chains)
+            estimates[structure] = estimate
+    return sorted(estimates, key=estimates.__getitem__)
+
+
+def _triangular_structures(
+    pattern: Pattern, points: Tensor, jacobian_mode: str
+) -> Iterator[TriangularStructure]:
+    shape = (pattern.num_rows, pattern.num_columns)
+    for triangle in find_triangles(pattern):
+        for mode in possible_modes(*shape, jacobian_mode):
+            yield TriangularStructure(pattern, triangle, mode, device=points.device)
+
+
+def _rated_until_sound(
+    system: ConstrainedSystem,
+    structures: Iterable[BlockStructure | TriangularStructure],
+    points: Tensor,
+    num_chains: int,
+) -> list[_Rated]:
+    """Count the costs of structures, until there are enough sound ones to choose from."""
+    rated: list[_Rated] = []
+    for structure in structures:
+        choice = _rated(system, structure, structure.describe(), points, num_chains)
+        if choice.cost < math.inf:
+            rated.append(_Rated(choice, _is_sound(choice.system, points)))
+        if sum(each.is_sound for each in rated) == _MOST_RATED:
+            break
+    return rated
+
+
+def _cheapest_sound(rated: list[_Rated]) -> Choice | None:
+    sound = [each.choice for each in rated if each.is_sound]
+    return min(sound, key=lambda choice: choice.cost, default=None)
 
 
 def _rated(
