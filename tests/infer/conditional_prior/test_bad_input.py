@@ -152,6 +152,20 @@ def test_evidence_without_a_density_in_any_row() -> None:
         guide.fit(progress=False, num_particles=50)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("inf"), "what the decoder computes is NaN or infinite"), (float("nan"), "loc.*nan")],
+    ids=["infinite", "NaN"],
+)
+def test_a_decoder_without_finite_output(value: float, message: str) -> None:
+    def model() -> None:
+        z = pyro.sample("z", _prior())
+        pyro.sample("x", dist.Normal(0 * z + value, 1.0).to_event(1), obs=torch.zeros(2))
+
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        ConditionalPriorGuide(model).fit(progress=False, num_particles=50)
+
+
 def test_evidence_outside_of_the_support_is_named() -> None:
     def model() -> None:
         z = pyro.sample("z", _prior())
