@@ -12,6 +12,7 @@ from .energy import AutoregressiveEnergyMachine as AutoregressiveEnergyMachine
 from .energy import EnergyMachineDistribution as EnergyMachineDistribution
 from .flow import FlowDistribution as FlowDistribution
 from .image_flow import ImageSplineFlow as ImageSplineFlow
+from .normal_gamma import NormalGamma as NormalGamma
 from .spline_flow import NeuralSplineFlow as NeuralSplineFlow
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "FlowDistribution",
     "ImageSplineFlow",
     "NeuralSplineFlow",
+    "NormalGamma",
     "UniformDequantization",
     "VariationalDequantization",
     "bits_per_dimension",

@@ -1,9 +1,21 @@
 """Inference engines and guides for Pyro models."""
 
+from .apg import APG as APG
+from .apg import ExactBlock as ExactBlock
+from .apg import WeightedSamples as WeightedSamples
 from .auto_spline_flow import AutoSplineFlow as AutoSplineFlow
 from .conditional_prior import ConditionalPriorGuide as ConditionalPriorGuide
 from .constrained_hmc import ConstrainedHMC as ConstrainedHMC
 from .constrained_hmc import ConstrainedNUTS as ConstrainedNUTS
 from .mcmc import MCMC as MCMC
 
-__all__ = ["MCMC", "AutoSplineFlow", "ConditionalPriorGuide", "ConstrainedHMC", "ConstrainedNUTS"]
+__all__ = [
+    "APG",
+    "MCMC",
+    "AutoSplineFlow",
+    "ConditionalPriorGuide",
+    "ConstrainedHMC",
+    "ConstrainedNUTS",
+    "ExactBlock",
+    "WeightedSamples",
+]
