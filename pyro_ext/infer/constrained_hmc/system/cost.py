@@ -31,6 +31,7 @@ __all__ = [
 _ELEMENTS_PER_CALL = 5_000  # elements computed in the time that calling an operation takes
 _MULTIPLICATIONS_PER_ELEMENT = 4  # done by a matrix product in the time of one element
 _CALLS_OF_STRUCTURE = 100  # that a structured Jacobian adds to a step, at least
+_CALLS_OF_ALGEBRA = 500  # that factorising and solving takes in a step, about
 _SOLUTIONS_PER_STEP = 10  # minimum-norm solutions: momenta, and projections there and back
 
 
@@ -95,7 +96,7 @@ def estimated_cost(
     :param int num_chains: chains that a step is for.
     """
     # a product takes two to three evaluations, the gradient of the determinant as much twice more
-    calls = 6 * load.calls * ((num_forward > 0) + (num_reverse > 0))
+    calls = _CALLS_OF_ALGEBRA + 6 * load.calls * ((num_forward > 0) + (num_reverse > 0))
     work = 6 * (num_forward + num_reverse) * load.work
     work += multiplications / _MULTIPLICATIONS_PER_ELEMENT
     return calls * _ELEMENTS_PER_CALL + work * num_chains

@@ -1,5 +1,7 @@
 """Patterns of Jacobians read from derivatives at a few points."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -81,3 +83,57 @@ def test_rows_that_are_not_finite_are_read_elsewhere(forward: bool) -> None:
     merged = merge_patterns(alone, find_pattern(explosive, fine[None], forward=forward))
     assert (as_matrix(merged) == expected).all()
     assert merged.is_complete
+
+
+def shared_and_local(u: Tensor) -> Tensor:
+    """As many outputs as inputs but one, each with a noise of its own; the first acts on all."""
+    return u[0].sin() * torch.linspace(1.0, 2.0, len(u) - 1) + u[1:].flip(0).exp()
+
+
+@pytest.mark.parametrize("size", [64, 1024])
+def test_local_inputs_take_few_products(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = 0
+
+    def counting(constraint: Any, points: Tensor, seeds: Tensor) -> Tensor:
+        nonlocal number
+        number += len(seeds)
+        return tangents(constraint, points, seeds)
+
+    tangents = sparsity._tangents
+    monkeypatch.setattr(sparsity, "_tangents", counting)
+    pattern = find_pattern(shared_and_local, torch.randn(2, size + 1))
+    assert len(pattern.rows) == 2 * size
+    assert (pattern.columns[::2] == 0).all()
+    assert (pattern.columns[1::2] == size - np.arange(size)).all()
+    assert number <= 4 * (1 + np.log2(size))
+
+
+@each_mode
+def test_a_search_for_a_dense_jacobian_is_given_up(forward: bool) -> None:
+    mix = torch.randn(40, 40)
+    pattern = find_pattern(
+        lambda u: (mix @ u).sin(), torch.randn(2, 40), forward=forward, most_products=16
+    )
+    assert not pattern.is_known.any()
+    assert len(pattern.rows) == 0
+
+
+def test_what_all_depend_on_does_not_keep_outputs_apart_in_reverse() -> None:
+    points = torch.randn(2, 129)
+    pattern = find_pattern(shared_and_local, points, forward=False, most_products=16)
+    exact = find_pattern(shared_and_local, points, forward=False)
+    assert pattern.is_complete
+    assert (as_matrix(pattern) == as_matrix(exact)).all()
+
+
+def test_inputs_that_act_on_most_outputs_count_as_acting_on_all() -> None:
+    """A pattern may have too many places, never too few."""
+
+    def constraint(u: Tensor) -> Tensor:
+        gate = torch.arange(128) < 100
+        return torch.where(gate, u[0], 0.0) + u[1:]
+
+    points = torch.randn(2, 129)
+    pattern = as_matrix(find_pattern(constraint, points, forward=False, most_products=16))
+    assert pattern[:, 0].all()
+    assert (pattern[:, 1:] == np.eye(128, dtype=bool)).all()
