@@ -1,5 +1,6 @@
 """Tutorials are no package: their modules are loaded from files, under names of their own."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,6 +22,21 @@ def load_module(tutorial: str, name: str) -> ModuleType:
         sys.modules[full_name] = module
         spec.loader.exec_module(module)
     return sys.modules[full_name]
+
+
+def load_siblings(tutorial: str, *names: str) -> list[ModuleType]:
+    """Load modules of a tutorial that import each other by their plain names."""
+    folder = str(TUTORIALS / tutorial)
+    others = {path.stem for path in (TUTORIALS / tutorial).glob("*.py")}
+    before = {name: sys.modules.pop(name) for name in others if name in sys.modules}
+    sys.path.insert(0, folder)
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(folder)
+        for name in others:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +64,19 @@ def autoencoder() -> ModuleType:
 def spline_figures() -> ModuleType:
     pytest.importorskip("matplotlib")
     return load_module("spline_flows", "figures")
+
+
+@pytest.fixture(scope="session")
+def digit_autoencoder() -> ModuleType:
+    return load_module("conditional_vae", "autoencoder")
+
+
+@pytest.fixture(scope="session")
+def references() -> ModuleType:
+    return load_module("conditional_vae", "references")
+
+
+@pytest.fixture(scope="session")
+def question_figures() -> ModuleType:
+    pytest.importorskip("matplotlib")
+    return load_module("conditional_vae", "figures")
