@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,9 +70,9 @@ class GuardedSystem:
         """See :meth:`.ConstrainedSystem.constraint`."""
         return self._current.constraint(position, scale)
 
-    def jacobian_matrix(self, position: Tensor, scale: Tensor) -> Tensor:
-        """See :meth:`.ConstrainedSystem.jacobian_matrix`."""
-        return self._current.jacobian_matrix(position, scale)
+    def slopes(self, position: Tensor, scale: Tensor) -> Any:
+        """See :meth:`.ConstrainedSystem.slopes`."""
+        return self._current.slopes(position, scale)
 
     def jacobian(self, position: Tensor, scale: Tensor) -> Jacobian:
         """See :meth:`.ConstrainedSystem.jacobian`."""

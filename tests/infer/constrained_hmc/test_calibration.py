@@ -41,7 +41,7 @@ class Replications:
     def __init__(self, system: ConstrainedSystem, y: Tensor) -> None:
         self._system = system
         self._y = y
-        self.jacobian_matrix = system.jacobian_matrix
+        self.slopes = system.slopes
 
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
         return self._system.constraint(position, scale) - self._y

@@ -8,7 +8,7 @@ have landed on another sheet of the manifold.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,10 +148,10 @@ def _project(
     def constraint(position: Tensor) -> Tensor:
         return system.constraint(position, scale)
 
-    def jacobian_matrix(position: Tensor) -> Tensor:
-        return system.jacobian_matrix(position, scale)
+    def slopes(position: Tensor) -> Any:
+        return system.slopes(position, scale)
 
-    functions = (constraint, jacobian_matrix)
+    functions = (constraint, slopes)
     result = settings.projector(*functions, start, jacobian, settings.tolerances)
     failed = ((status == Status.CONVERGED) & ~result.is_converged).nonzero().squeeze(-1)
     if settings.fallback is None or len(failed) == 0:

@@ -8,7 +8,7 @@ each method solves :math:`c(\tilde u - J_0^\top\lambda) = 0` for the multipliers
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "BatchFunction",
     "Projection",
     "Projector",
+    "Slopes",
     "Tolerances",
     "hybrid",
     "newton",
@@ -27,6 +28,9 @@ __all__ = [
 ]
 
 BatchFunction = Callable[[Tensor], Tensor]
+Slopes = Callable[[Tensor], Any]
+# Entries of a Jacobian that is worth making a matrix of, chain by chain.
+_LARGEST_MATRIX = 10**6
 # A residual this many times the first one means that the iteration runs away.
 _RUNAWAY = 1e3
 # Iterations in which the residual should at least halve once.
@@ -58,12 +62,12 @@ class Projection(NamedTuple):
     is_converged: Tensor  # (chains,) bool
 
 
-Projector = Callable[[BatchFunction, BatchFunction, Tensor, Jacobian, Tolerances], Projection]
+Projector = Callable[[BatchFunction, Slopes, Tensor, Jacobian, Tolerances], Projection]
 
 
 def quasi_newton(
     constraint: BatchFunction,
-    jacobian_matrix: BatchFunction,
+    slopes: Slopes,
     start: Tensor,
     jacobian: Jacobian,
     tolerances: Tolerances,
@@ -76,7 +80,8 @@ def quasi_newton(
     already there (Graham and Storkey 2017, algorithm 1, lines 21-26).
 
     :param constraint: batched constraint.
-    :param jacobian_matrix: batched Jacobian; unused by this method.
+    :param slopes: batched Jacobian, as :meth:`.Jacobian.newton_step` takes it; unused by this
+        method.
     :param Tensor start: points to project, ``(chains, dim)``.
     :param jacobian: factorised Jacobian at the points the step started from.
     :param tolerances: when to stop.
@@ -90,7 +95,7 @@ def quasi_newton(
 
 def newton(
     constraint: BatchFunction,
-    jacobian_matrix: BatchFunction,
+    slopes: Slopes,
     start: Tensor,
     jacobian: Jacobian,
     tolerances: Tolerances,
@@ -101,12 +106,9 @@ def newton(
     Fewer iterations than :func:`quasi_newton`, each with a new Jacobian and a linear solve;
     worth it where the constraint curves strongly within one step. Arguments as there.
     """
-    transposed = jacobian.dense().mT
 
     def update(position: Tensor, residual: Tensor) -> Tensor:
-        cross_gram = jacobian_matrix(position) @ transposed
-        multipliers, _ = torch.linalg.solve_ex(cross_gram, residual.unsqueeze(-1))
-        return (transposed @ multipliers).squeeze(-1)
+        return jacobian.newton_step(slopes(position), residual)
 
     return _iterate(constraint, update, start, tolerances)
 
@@ -147,7 +149,7 @@ def _iterate(
 
 def hybrid(
     constraint: BatchFunction,
-    jacobian_matrix: BatchFunction,
+    slopes: Slopes,
     start: Tensor,
     jacobian: Jacobian,
     tolerances: Tolerances,
@@ -156,11 +158,18 @@ def hybrid(
     Powell's hybrid method on the multipliers, chain by chain, through MINPACK in SciPy.
 
     Slow and robust: the fallback for chains on which an iteration above failed. The result is
-    accepted only if it meets the same tolerances. Arguments as in :func:`quasi_newton`.
+    accepted only if it meets the same tolerances. Where the matrices that MINPACK factorises would
+    be too large it is :func:`newton`. Arguments as in :func:`quasi_newton`.
     """
+    if start.shape[-1] * len(tolerances.constraint) > _LARGEST_MATRIX:
+        return newton(constraint, slopes, start, jacobian, tolerances)
+
+    def matrix(position: Tensor) -> Tensor:
+        return jacobian.dense_slopes(slopes(position))
+
     results = [
-        _hybrid_single(constraint, jacobian_matrix, point, matrix, tolerances)
-        for point, matrix in zip(start, jacobian.dense(), strict=True)
+        _hybrid_single(constraint, matrix, point, own, tolerances)
+        for point, own in zip(start, jacobian.dense(), strict=True)
     ]
     position = torch.stack([result[0] for result in results])
     residual = constraint(position)

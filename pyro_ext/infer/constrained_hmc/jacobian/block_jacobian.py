@@ -36,7 +36,17 @@ from torch import Tensor
 from .block_algebra import inverse_cholesky, multiply, sum_of_outer_products
 from .partition import BlockPartition
 
-__all__ = ["BlockJacobian", "factorize_blocks"]
+__all__ = ["BlockJacobian", "BlockSlopes", "factorize_blocks"]
+
+
+class BlockSlopes(NamedTuple):
+    """Entries of Jacobians that are not factorised."""
+
+    columns: Tensor
+    """:math:`L` and :math:`A`, column by column, ``(chains, k + g, r, blocks)``."""
+
+    remaining: Tensor
+    """:math:`A_0`, ``(chains, m, g)``."""
 
 
 class BlockJacobian(NamedTuple):
@@ -101,9 +111,44 @@ class BlockJacobian(NamedTuple):
         duals = torch.cat([local_dual, shared_dual], 1)
         return multiply(self.whitening.transpose(1, 2), duals), self.lift.mT
 
+    def newton_step(self, slopes: BlockSlopes, residual: Tensor) -> Tensor:
+        r"""
+        See :meth:`.structure.Jacobian.newton_step`.
+
+        The blocks of :math:`B = L_uL^\top` are solved for their multipliers :math:`x = B^{-1}(c_1
+        - A_uv_g)`. With :math:`v_g = A^\top x + A_0^\top x_0`, what is left is
+
+        .. math::
+
+            \begin{pmatrix} I + A^\top B^{-1}A_u & -A_0^\top \\ A_{0u} & 0 \end{pmatrix}
+            \begin{pmatrix} v_g \\ x_0 \end{pmatrix} =
+            \begin{pmatrix} A^\top B^{-1}c_1 \\ c_0 \end{pmatrix}.
+        """
+        part, k, g = self.partition, self.partition.num_local, len(self.partition.global_columns)
+        blocks, remaining = part.split_rows(residual)
+        blocks = torch.where(part.is_row_padding, 0.0, blocks)
+        cross = sum_of_outer_products(slopes.columns[:, :k], self.columns[:, :k])
+        padding = torch.diag_embed(part.is_row_padding.mT.to(cross)).movedim(0, -1)
+        sides = torch.cat([slopes.columns[:, k:], blocks.unsqueeze(1)], 1)
+        solved = _solve(cross + padding, sides)
+        moments = self.columns[:, k:].flatten(2) @ solved.flatten(2).mT  # (chains, g, g + 1)
+        eye = torch.eye(g, dtype=cross.dtype, device=cross.device)
+        zero = cross.new_zeros(len(cross), remaining.shape[1], remaining.shape[1])
+        top = torch.cat([moments[:, :, :g] + eye, -self.remaining.mT], -1)
+        matrix = torch.cat([top, torch.cat([slopes.remaining, zero], -1)], 1)
+        right = torch.cat([moments[:, :, g], remaining], -1)
+        shared = torch.linalg.solve_ex(matrix, right.unsqueeze(-1))[0].squeeze(-1)[:, :g]
+        multipliers = solved[:, g] - _combine(solved[:, :g], shared)
+        local = (self.columns[:, :k] * multipliers.unsqueeze(1)).sum(2)
+        return part.join_columns(local, shared)
+
     def dense(self) -> Tensor:
         """:math:`J` as ``(chains, num_constraints, dim)``."""
         return self.partition.dense(self.columns, self.remaining)
+
+    def dense_slopes(self, slopes: BlockSlopes) -> Tensor:
+        """See :meth:`.structure.Jacobian.dense_slopes`."""
+        return self.partition.dense(*slopes)
 
 
 def factorize_blocks(
@@ -137,6 +182,14 @@ def factorize_blocks(
         lift=lift,
         half_log_det_gram=0.5 * log_det,
     )
+
+
+def _solve(matrices: Tensor, sides: Tensor) -> Tensor:
+    """Solutions in every block, ``(chains, r, r, blocks)`` and ``(chains, n, r, blocks)``."""
+    if matrices.shape[1] == 1:
+        return sides / matrices
+    solved, _ = torch.linalg.solve_ex(matrices.movedim(-1, 1), sides.movedim(-1, 1).mT)
+    return solved.mT.movedim(1, -1)
 
 
 def _combine(columns: Tensor, weights: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .block_jacobian import BlockJacobian, factorize_blocks
+from .block_jacobian import BlockJacobian, BlockSlopes, factorize_blocks
 from .compression import compress
 from .partition import Split, partition
 from .sparsity import Pattern
@@ -57,9 +57,13 @@ class BlockStructure:
 
     def factorize(self, derivatives: Tensor, scale: Tensor) -> BlockJacobian:
         """See :meth:`.structure.Structure.factorize`."""
+        return factorize_blocks(self.partition, *self.slopes(derivatives, scale))
+
+    def slopes(self, derivatives: Tensor, scale: Tensor) -> BlockSlopes:
+        """See :meth:`.structure.Structure.slopes`."""
         columns, remaining = self.compression.entries(derivatives)
         column_scale, shared_scale = self._scales(scale)
-        return factorize_blocks(self.partition, columns * column_scale, remaining * shared_scale)
+        return BlockSlopes(columns * column_scale, remaining * shared_scale)
 
     def cotangent(self, jacobian: BlockJacobian, scale: Tensor) -> Tensor:
         """See :meth:`.structure.Structure.cotangent`."""

@@ -11,7 +11,7 @@ files.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,8 +51,21 @@ class Jacobian(Protocol):
     def minimum_norm(self, residual: Tensor) -> Tensor:
         r"""The shortest :math:`v` with :math:`Jv = c`, for ``(chains, num_constraints)``."""
 
+    def newton_step(self, slopes: Any, residual: Tensor) -> Tensor:
+        r"""
+        The step along the rows of :math:`J` that solves another equation, :math:`J_uv = c`.
+
+        .. math:: v = J^\top(J_uJ^\top)^{-1}c
+
+        :param slopes: Jacobians :math:`J_u` at other points, by :meth:`Structure.slopes`.
+        :param Tensor residual: shape ``(chains, num_constraints)``.
+        """
+
     def dense(self) -> Tensor:
         """:math:`J`, shape ``(chains, num_constraints, dim)``."""
+
+    def dense_slopes(self, slopes: Any) -> Tensor:
+        """:math:`J_u` from its slopes, same shape."""
 
 
 Factorized = TypeVar("Factorized")
@@ -80,6 +93,9 @@ class Structure(Protocol[Factorized]):
     def cotangent(self, jacobian: Factorized, scale: Tensor) -> Tensor:
         """Gradient of ``half_log_det_gram`` by the derivatives."""
 
+    def slopes(self, derivatives: Tensor, scale: Tensor) -> Any:
+        """The same Jacobians in the form that :meth:`Jacobian.newton_step` takes."""
+
     def matrix(self, derivatives: Tensor, scale: Tensor) -> Tensor:
         """The same Jacobians as matrices, not factorised."""
 
@@ -104,9 +120,19 @@ class DenseJacobian(NamedTuple):
         r"""The shortest :math:`v` with :math:`Jv = c`, for ``(chains, num_constraints)``."""
         return (residual.unsqueeze(-2) @ self.dual).squeeze(-2)
 
+    def newton_step(self, slopes: Tensor, residual: Tensor) -> Tensor:
+        """See :meth:`Jacobian.newton_step`; slopes are matrices."""
+        transposed = self.matrix.mT
+        multipliers, _ = torch.linalg.solve_ex(slopes @ transposed, residual.unsqueeze(-1))
+        return (transposed @ multipliers).squeeze(-1)
+
     def dense(self) -> Tensor:
         """:math:`J`, shape ``(chains, num_constraints, dim)``."""
         return self.matrix
+
+    def dense_slopes(self, slopes: Tensor) -> Tensor:
+        """See :meth:`Jacobian.dense_slopes`."""
+        return slopes
 
 
 class DenseStructure:
@@ -132,6 +158,10 @@ class DenseStructure:
     def cotangent(self, jacobian: DenseJacobian, scale: Tensor) -> Tensor:
         """See :meth:`Structure.cotangent`."""
         return jacobian.dual * scale
+
+    def slopes(self, derivatives: Tensor, scale: Tensor) -> Tensor:
+        """See :meth:`Structure.slopes`."""
+        return derivatives * scale
 
     def matrix(self, derivatives: Tensor, scale: Tensor) -> Tensor:
         """See :meth:`Structure.matrix`."""

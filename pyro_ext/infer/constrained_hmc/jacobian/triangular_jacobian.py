@@ -85,9 +85,32 @@ class TriangularJacobian(NamedTuple):
         own = _by_blocks(self.order, self.rotation.transpose(1, 2), rest.unsqueeze(1))[:, 0]
         return torch.cat([own, weights.squeeze(-1)], -1)[:, self.order.column_places]
 
+    def newton_step(self, slopes: TriangularJacobian, residual: Tensor) -> Tensor:
+        r"""
+        See :meth:`.structure.Jacobian.newton_step`.
+
+        With :math:`B = T_uT^\top` the other inputs take :math:`v_A = (I + A^\top B^{-1}A_u)^{-1}
+        A^\top B^{-1}c` and the rest :math:`v_T = T_u^{-1}(c - A_uv_A)`, by substitution.
+        """
+        order, turned = self.order, self.rotation.transpose(1, 2)
+        turned_there = slopes.rotation.transpose(1, 2)
+        ordered = residual[:, order.rows].unsqueeze(-1)
+        rest = torch.linalg.solve_triangular(slopes.triangle, ordered, upper=False)
+        rest = _by_blocks(order, turned_there, rest.mT).mT  # of T_u
+        there = _by_blocks(order, turned_there, slopes.shared.mT).mT
+        here = _by_blocks(order, turned, self.shared.mT)
+        eye = torch.eye(here.shape[1], dtype=here.dtype, device=here.device)
+        weights, _ = torch.linalg.solve_ex(here @ there + eye, here @ rest)
+        own = rest - there @ weights
+        return torch.cat([own, weights], 1).squeeze(-1)[:, order.column_places]
+
     def dense(self) -> Tensor:
         """:math:`J`, shape ``(chains, num_constraints, dim)``."""
         return self.matrix
+
+    def dense_slopes(self, slopes: TriangularJacobian) -> Tensor:
+        """See :meth:`.structure.Jacobian.dense_slopes`."""
+        return slopes.matrix
 
     def dual(self) -> Tensor:
         r"""
@@ -132,6 +155,10 @@ class TriangularStructure:
     def factorize(self, derivatives: Tensor, scale: Tensor) -> TriangularJacobian:
         """See :meth:`.structure.Structure.factorize`."""
         return _factorize(self._order, derivatives * scale)
+
+    def slopes(self, derivatives: Tensor, scale: Tensor) -> TriangularJacobian:
+        """See :meth:`.structure.Structure.slopes`."""
+        return self.factorize(derivatives, scale)
 
     def cotangent(self, jacobian: TriangularJacobian, scale: Tensor) -> Tensor:
         """See :meth:`.structure.Structure.cotangent`."""

@@ -45,10 +45,9 @@ class RecordedSystem:
         value: Tensor = self._call("constraint", position, scale)
         return value
 
-    def jacobian_matrix(self, position: Tensor, scale: Tensor) -> Tensor:
-        """See :meth:`ConstrainedSystem.jacobian_matrix`."""
-        value: Tensor = self._call("jacobian_matrix", position, scale)
-        return value
+    def slopes(self, position: Tensor, scale: Tensor) -> Any:
+        """See :meth:`ConstrainedSystem.slopes`."""
+        return self._call("slopes", position, scale)
 
     def jacobian(self, position: Tensor, scale: Tensor) -> Jacobian:
         """See :meth:`ConstrainedSystem.jacobian`."""

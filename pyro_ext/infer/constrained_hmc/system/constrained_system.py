@@ -48,8 +48,8 @@ class System(Protocol):
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
         """Residuals of the constraint."""
 
-    def jacobian_matrix(self, position: Tensor, scale: Tensor) -> Tensor:
-        """Jacobian of the constraint."""
+    def slopes(self, position: Tensor, scale: Tensor) -> Any:
+        """Jacobian of the constraint, for a step from another one."""
 
     def jacobian(self, position: Tensor, scale: Tensor) -> Jacobian:
         """Factorised Jacobian of the constraint."""
@@ -121,6 +121,10 @@ class ConstrainedSystem:
         :param Tensor vector: shape ``(chains, dim)``.
         """
         return self._products(position * scale, vector * scale)
+
+    def slopes(self, position: Tensor, scale: Tensor) -> Any:
+        """Jacobian of the constraint, as :meth:`.Jacobian.newton_step` takes it."""
+        return self.structure.slopes(self._derivatives(position * scale), scale)
 
     def jacobian_matrix(self, position: Tensor, scale: Tensor) -> Tensor:
         """Jacobian of the constraint, shape ``(chains, num_constraints, dim)``."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_ext.infer.constrained_hmc.dynamics import projection
 from pyro_ext.infer.constrained_hmc.dynamics.projection import (
     Projection,
     Projector,
@@ -28,7 +29,7 @@ def project(
     batched = system(problem)
     return solver(
         lambda q: batched.constraint(q, one),
-        lambda q: batched.jacobian_matrix(q, one),
+        lambda q: batched.slopes(q, one),
         start,
         jacobian,
         tols,
@@ -189,3 +190,15 @@ def test_a_small_residual_alone_is_not_convergence() -> None:
         result = project(problem, solver, start, jacobian, tols)
         assert bool(result.is_converged)
         torch.testing.assert_close(result.position, torch.tensor([[0.8, 0.6]]), rtol=0, atol=1e-7)
+
+
+def test_large_problems_fall_back_on_newton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MINPACK would factorise matrices of all outputs by all outputs."""
+    problem = PROBLEMS["quadrics"]
+    start, jacobian = free_step(problem, 3)
+    expected = project(problem, newton, start, jacobian, tolerances(2, 1e-12))
+    monkeypatch.setattr(projection, "_LARGEST_MATRIX", 7)
+    monkeypatch.setattr(projection, "_hybrid_single", None)
+    found = project(problem, hybrid, start, jacobian, tolerances(2, 1e-12))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

@@ -121,7 +121,7 @@ def test_every_projection_finds_the_same_point(projector: Projector) -> None:
     results = [
         projector(
             lambda q, s=system: s.constraint(q, one),  # type: ignore[misc]
-            lambda q, s=system: s.jacobian_matrix(q, one),  # type: ignore[misc]
+            lambda q, s=system: s.slopes(q, one),  # type: ignore[misc]
             u,
             system.jacobian(u, one),
             tolerances(problem.num_constraints, 1e-12),
@@ -132,6 +132,29 @@ def test_every_projection_finds_the_same_point(projector: Projector) -> None:
     assert results[0].is_converged.any()
     mask = results[0].is_converged
     assert_same(results[1].position[mask], results[0].position[mask])
+
+
+@hypothesis_settings(max_examples=20, deadline=None, derandomize=True)
+@given(shape=block_shapes)
+def test_newton_steps(shape: Shape) -> None:
+    """Against the definition: along the rows of one Jacobian, to solve with another."""
+    problem = block_problem(*shape)
+    dense, structured = systems(problem)
+    scale = torch.rand(problem.dim) + 0.5
+    u = torch.randn(3, problem.dim)
+    there = u + 0.1 * torch.randn(3, problem.dim)
+    residual = torch.randn(3, problem.num_constraints)
+    expected = dense.jacobian(u, scale).newton_step(dense.slopes(there, scale), residual)
+    jacobian, slopes = structured.jacobian(u, scale), structured.slopes(there, scale)
+    found = jacobian.newton_step(slopes, residual)
+    matrices = dense.jacobian_matrix(u, scale), dense.jacobian_matrix(there, scale)
+    assert_same(jacobian.dense_slopes(slopes), matrices[1])
+    assert isinstance(jacobian, BlockJacobian)
+    is_sound = local_share(jacobian) > 1e-5
+    is_sound &= torch.linalg.cond(matrices[1] @ matrices[0].mT) < 1e4
+    size = expected.norm(dim=-1, keepdim=True)
+    assert_same((found / size)[is_sound], (expected / size)[is_sound], 10)
+    assert bool(is_sound.any()) or bool((torch.linalg.cond(matrices[0]) > 1e2).all())
 
 
 def noisy(u: Tensor) -> Tensor:

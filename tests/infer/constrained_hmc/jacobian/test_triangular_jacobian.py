@@ -117,6 +117,27 @@ def test_energy_gradient_products_and_solutions(mode: str, series: Series) -> No
     assert_same(a.minimum_norm(residual)[accurate], b.minimum_norm(residual)[accurate])
 
 
+@hypothesis_settings(max_examples=20, deadline=None, derandomize=True)
+@given(series=series)
+def test_newton_steps(series: Series) -> None:
+    """Against the definition: along the rows of one Jacobian, to solve with another."""
+    problem = Problem(*series)
+    dense, structured = problem.systems()
+    scale, u = torch.rand(problem.dim) + 0.5, torch.randn(3, problem.dim)
+    there = u + 0.1 * torch.randn(3, problem.dim)
+    residual = torch.randn(3, problem.num_constraints)
+    expected = dense.jacobian(u, scale).newton_step(dense.slopes(there, scale), residual)
+    jacobian, slopes = structured.jacobian(u, scale), structured.slopes(there, scale)
+    matrices = dense.jacobian_matrix(u, scale), dense.jacobian_matrix(there, scale)
+    assert_same(jacobian.dense_slopes(slopes), matrices[1])
+    accurate = projection_error(jacobian, torch.randn(3, problem.dim)) < 1e-11
+    accurate &= projection_error(slopes, torch.randn(3, problem.dim)) < 1e-11
+    accurate &= torch.linalg.cond(matrices[1] @ matrices[0].mT) < 1e4
+    size = expected.norm(dim=-1, keepdim=True)
+    found = jacobian.newton_step(slopes, residual) / size
+    assert_same(found[accurate], (expected / size)[accurate])
+
+
 @pytest.mark.parametrize("is_mixed", [False, True], ids=["own noise", "mixed noise"])
 def test_trajectories(is_mixed: bool) -> None:
     problem = Problem(6, 2, 2, is_mixed, 5)
