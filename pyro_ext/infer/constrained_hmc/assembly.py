@@ -17,6 +17,7 @@ from ...ops.recording import RecordingError, record
 from .dynamics.projection import Tolerances
 from .guard import GuardedSystem
 from .jacobian.sparsity import Pattern, find_pattern, merge_patterns
+from .jacobian.structure import is_small
 from .model.constrained_model import ConstrainedModel
 from .system.constrained_system import ConstrainedSystem, ScalarFunction
 from .system.cost import is_cheap_dense, workload
@@ -24,7 +25,6 @@ from .system.defects import find_misplaced, has_lost_digits
 from .system.detection import (
     choose_dense,
     choose_structure,
-    is_small,
     possible_modes,
     recorded_system,
 )
@@ -174,14 +174,22 @@ def guarded_system(
     :param int check_interval: points per check of the structure.
     :param bool compile: whether to compile it to native code.
     """
+    system, starts, pattern = assembly.system, positions[:_STARTS], assembly.pattern
 
-    def dense() -> tuple[ConstrainedSystem, str]:
-        return _without_structure(assembly.system, positions[:_STARTS], preferences)[:2]
+    def replacement(inputs: Tensor | None) -> tuple[ConstrainedSystem, str]:
+        nonlocal pattern
+        if inputs is None or pattern is None or is_small((pattern.num_rows, pattern.num_columns)):
+            return _without_structure(system, starts, preferences)[:2]
+        nearby = inputs + _NEARBY * torch.randn_like(inputs)
+        points = torch.cat([torch.stack([inputs, nearby]), starts])
+        chosen = _choose(system, pattern, points, preferences)
+        pattern = chosen.pattern
+        return chosen.system, chosen.report
 
     return GuardedSystem(
-        assembly.system,
+        system,
         assembly.report,
-        dense,
+        replacement,
         model.structure,
         len(positions),
         check_interval=check_interval,

@@ -1,4 +1,4 @@
-"""A system that falls back to dense Jacobians when the structure it found does not hold."""
+"""A system that takes other Jacobians when the structure it found does not hold."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class GuardedSystem:
 
     :param system: the system, with the structure chosen for it.
     :param str report: why its Jacobians are computed as they are, in a line.
-    :param dense: makes the system without structure, and says in a line what it is.
+    :param replacement: makes the system to go on with, and says in a line what it is: given inputs
+        with entries where the structure has none, one with these entries; given ``None``, because
+        digits were lost, one without structure.
     :param names: the model's structure, for the names of sites.
     :param int num_chains: chains of the run.
     :param int check_interval: points per check.
@@ -47,7 +49,7 @@ class GuardedSystem:
         self,
         system: ConstrainedSystem,
         report: str,
-        dense: Callable[[], tuple[ConstrainedSystem, str]],
+        replacement: Callable[[Tensor | None], tuple[ConstrainedSystem, str]],
         names: ModelStructure,
         num_chains: int,
         *,
@@ -57,7 +59,7 @@ class GuardedSystem:
         self.is_vectorized = system.is_vectorized
         self.report = report
         self._names = names
-        self._dense = dense
+        self._replacement = replacement
         self._num_chains = num_chains
         self._is_compiled = compile
         self._check_interval = check_interval
@@ -95,19 +97,22 @@ class GuardedSystem:
 
         :param point: where the chains are.
         :param Tensor scale: scale of each input, ``(dim,)``.
-        :returns: the same point; with dense Jacobians from the time that structure is given up.
+        :returns: the same point; with other Jacobians from the time that structure is given up.
         """
         if not self._has_structure:
             return point
         self._num_reviews += 1
-        if self._misplaced is not None:
-            complaint = _misplaced_message(self._misplaced, self._names)
+        misplaced, self._misplaced = self._misplaced, None
+        if misplaced is not None:
+            self._plain, report = self._replacement(misplaced.inputs)
+            new = "with the structure that holds there too" if self._has_structure else "as dense"
+            complaint = _misplaced_message(misplaced, self._names, new)
         elif self._num_reviews % self._check_interval == 0 and has_lost_digits(point):
+            self._plain, report = self._replacement(None)
             complaint = _LOST_DIGITS
         else:
             return point
         warnings.warn(complaint, SamplingWarning, stacklevel=3)
-        self._plain, report = self._dense()
         self.report = f"{report}, since {self.report} did not hold"
         self._current = self._prepared(self._plain)
         return self._current.point(point.position, scale)
@@ -123,7 +128,7 @@ class GuardedSystem:
         return RecordedSystem(system, self._num_chains, compile=self._is_compiled)
 
 
-def _misplaced_message(misplaced: Misplaced, names: ModelStructure) -> str:
+def _misplaced_message(misplaced: Misplaced, names: ModelStructure, new: str) -> str:
     outputs = [names.constraint_name(row) for row in misplaced.rows]
     inputs = [
         site.name
@@ -132,8 +137,8 @@ def _misplaced_message(misplaced: Misplaced, names: ModelStructure) -> str:
     ]
     return (
         f"Outputs {_listed(outputs)} turn out to depend on inputs that they did not depend on at "
-        f"the start: {outputs[0]!r} on {_listed(inputs)}. From here on the Jacobian is treated as "
-        "dense; draws since the start may lack where that is so. Run again with "
+        f"the start: {outputs[0]!r} on {_listed(inputs)}. From here on the Jacobian is treated "
+        f"{new}; draws since the start may lack where that is so. Run again with "
         "structure='dense', or with a smaller structure_check_interval."
     )
 

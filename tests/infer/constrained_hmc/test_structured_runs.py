@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_ext import MCMC, ConstrainedHMC, ConstrainedNUTS
 from pyro_ext.errors import SamplingWarning, VectorizationWarning
+from pyro_ext.infer.constrained_hmc import assembly as assembly_module
 from pyro_ext.infer.constrained_hmc.assembly import Preferences, assemble, settle
 from pyro_ext.infer.constrained_hmc.jacobian.block_structure import BlockStructure
 from pyro_ext.infer.constrained_hmc.jacobian.structure import DenseStructure
@@ -196,6 +197,24 @@ def test_a_structure_that_breaks_is_given_up_with_one_warning(interval: int) -> 
     assert "'y[0]' on 'switch', 'noise'" in messages[0]
     report = mcmc.diagnostics()["structure"]["chain 0"]
     assert report.startswith("dense")
+    assert "since 30 local blocks" in report
+    draws = mcmc.get_samples()
+    assert (draws["switch"] > SWITCH).any()
+    inputs = [draws[name] for name in ("slope", "switch", "noise")]
+    values = _outputs(*inputs, torch.linspace(-1.0, 1.0, 30))
+    assert (values - conditioned.data["y"]).abs().max() < 1e-8
+
+
+def test_of_large_jacobians_the_structure_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense one might not fit into memory."""
+    conditioned = observe(regression(30))
+    monkeypatch.setattr(assembly_module, "is_small", lambda shape: False)
+    kernel = ConstrainedHMC(conditioned.model, structure="elementwise", structure_check_interval=1)
+    mcmc = MCMC(kernel, 30, 0, num_chains=64, disable_progbar=True)
+    with pytest.warns(SamplingWarning, match="with the structure that holds there too"):
+        mcmc.run()
+    report = mcmc.diagnostics()["structure"]["chain 0"]
+    assert report.startswith("15 local blocks of up to 2 x 2, 2 global inputs")
     assert "since 30 local blocks" in report
     draws = mcmc.get_samples()
     assert (draws["switch"] > SWITCH).any()

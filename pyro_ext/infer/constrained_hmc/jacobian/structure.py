@@ -26,11 +26,14 @@ __all__ = [
     "LinAlgError",
     "Structure",
     "factorize",
+    "is_small",
     "projection_error",
 ]
 
 # what torch raises for a matrix that has no factorisation; its stubs do not export it
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+_LARGEST_DENSE = 4 * 10**6  # entries
 
 
 class Jacobian(Protocol):
@@ -166,6 +169,11 @@ class DenseStructure:
     def matrix(self, derivatives: Tensor, scale: Tensor) -> Tensor:
         """See :meth:`Structure.matrix`."""
         return derivatives * scale
+
+
+def is_small(shape: tuple[int, int]) -> bool:
+    """Whether Jacobians with so many rows and columns are worth trying as dense matrices."""
+    return shape[0] * shape[1] <= _LARGEST_DENSE
 
 
 def factorize(matrix: Tensor) -> DenseJacobian:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics.projection import BatchFunction, Tolerances
+from ..jacobian.structure import is_small
 from .linearization import DenseLinearization, Linearize
 
 __all__ = ["InitialPoints", "find_initial_points"]
@@ -74,7 +75,8 @@ def find_initial_points(
 
     Chains for which the search fails are drawn again; those that still fail after
     ``max_tries`` draws have their local blocks solved, where there are any, and are given to
-    SciPy's least-squares solver as the last resort.
+    SciPy's least-squares solver as the last resort, unless there are too many outputs for its
+    dense matrices.
 
     :param constraint: batched constraint.
     :param jacobian_matrix: batched Jacobian.
@@ -108,6 +110,8 @@ def find_initial_points(
         lost = (~points.is_found).nonzero().squeeze(-1)
         if len(lost) == 0:
             return points
+    if not is_small((points.residual.shape[-1], points.position.shape[-1])):
+        return points
     retry = _least_squares(constraint, jacobian_matrix, points.position[lost], tolerances)
     return _replace(points, lost, retry)
 

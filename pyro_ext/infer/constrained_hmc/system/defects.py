@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from ..jacobian.structure import factorize, projection_error
+from ..jacobian.structure import factorize, is_small, projection_error
 from .chainwise import take_chains
 from .constrained_system import ConstrainedSystem, Point
 
 __all__ = ["Misplaced", "find_misplaced", "has_lost_digits"]
 
+_MOST_ROWS = 100  # that are looked at one by one
 _NO_BETTER = 0.1  # share of the error that a dense factorisation has to leave at most
 
 
@@ -24,10 +25,13 @@ class Misplaced(NamedTuple):
     """The first chain that has such entries."""
 
     rows: tuple[int, ...]
-    """Constraints with such entries in this chain."""
+    """Constraints with such entries in this chain, or the first of them."""
 
     columns: tuple[int, ...]
     """Inputs of these entries, in the first of the rows."""
+
+    inputs: Tensor
+    """Where the chain is, ``(dim,)``."""
 
 
 def find_misplaced(
@@ -54,11 +58,12 @@ def find_misplaced(
     if not bool(is_wrong.any()):
         return None
     chain = int(is_wrong.any(-1).long().argmax())
-    rows = is_wrong[chain].nonzero().squeeze(-1).tolist()
-    outside = {row: _outside(system, point.position[chain] * scale, row) for row in rows}
+    inputs = point.position[chain] * scale
+    rows = is_wrong[chain].nonzero().squeeze(-1)[:_MOST_ROWS].tolist()
+    outside = {row: _outside(system, inputs, row) for row in rows}
     # where rows share a product, an entry of one spoils the others
     named = {row: columns for row, columns in outside.items() if columns} or outside
-    return Misplaced(chain, tuple(named), next(iter(named.values())))
+    return Misplaced(chain, tuple(named), next(iter(named.values())), inputs)
 
 
 def _outside(system: ConstrainedSystem, inputs: Tensor, row: int) -> tuple[int, ...]:
@@ -84,14 +89,19 @@ def has_lost_digits(point: Point) -> bool:
     """
     Whether a structured factorisation loses half of the digits where a dense one does not.
 
-    :param point: points with their structured Jacobians.
+    :param point: points with their structured Jacobians. Of those that are too large to be made
+        matrices it is not known, and no use to know.
     """
     vector = torch.randn_like(point.position)
     error = projection_error(point.jacobian, vector)
     worst = error.nan_to_num(torch.inf).argmax().reshape(1)
     if bool(error[worst] <= torch.finfo(error.dtype).eps ** 0.5):
         return False
-    dense = factorize(take_chains(point.jacobian, worst).dense())
+    jacobian = take_chains(point.jacobian, worst)
+    num_rows = jacobian.apply(vector[worst]).shape[-1]
+    if not is_small((num_rows, vector.shape[-1])):
+        return False
+    dense = factorize(jacobian.dense())
     error, dense_error = error[worst], projection_error(dense, vector[worst])
     is_better = (dense_error <= _NO_BETTER * error) | (~error.isfinite() & dense_error.isfinite())
     return bool(is_better)

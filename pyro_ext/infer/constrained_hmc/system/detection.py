@@ -13,7 +13,7 @@ from ....ops.recording import RecordedFunction, RecordingError, record
 from ..jacobian.block_structure import BlockStructure
 from ..jacobian.partition import find_splits
 from ..jacobian.sparsity import Pattern
-from ..jacobian.structure import DenseStructure, Structure, projection_error
+from ..jacobian.structure import DenseStructure, Structure, is_small, projection_error
 from ..jacobian.triangle import find_triangles
 from ..jacobian.triangular_jacobian import TriangularStructure
 from .constrained_system import ConstrainedSystem
@@ -23,7 +23,6 @@ __all__ = [
     "Choice",
     "choose_dense",
     "choose_structure",
-    "is_small",
     "possible_modes",
     "recorded_system",
     "with_structure",
@@ -37,7 +36,6 @@ _FEW_OPERATIONS = 100  # of a constraint: its derivatives are recorded within a 
 # Forward mode takes a product per input, reverse mode one per constraint. Beyond this many inputs
 # per constraint forward mode cannot win, and trying it could exhaust memory.
 _MOST_INPUTS_PER_CONSTRAINT = 4
-_LARGEST_DENSE = 4 * 10**6  # entries of a Jacobian that is worth trying as a dense matrix
 
 
 class Choice(NamedTuple):
@@ -170,11 +168,6 @@ def choose_dense(
         structure = DenseStructure(forward=mode == "forward")
         return _rated(system, structure, f"dense ({mode})", points, num_chains)
     return best
-
-
-def is_small(shape: tuple[int, int]) -> bool:
-    """Whether Jacobians with so many rows and columns are worth trying as dense matrices."""
-    return shape[0] * shape[1] <= _LARGEST_DENSE
 
 
 def _block_structures(

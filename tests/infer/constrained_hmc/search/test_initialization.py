@@ -143,6 +143,9 @@ def test_least_squares_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> No
     points, _ = find(problem.constraint, torch.randn(4, 4), 2)
     assert points.is_found.all()
     assert (vmap(problem.constraint)(points.position).abs() <= 1e-9).all()
+    monkeypatch.setattr(initialization, "is_small", lambda shape: False)
+    points, _ = find(problem.constraint, torch.randn(4, 4), 2)
+    assert not points.is_found.any(), "of many outputs its matrices are too large"
 
 
 def test_one_hopeless_chain_does_not_hold_up_the_others() -> None:
