@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -51,8 +52,8 @@ class Skeleton(NamedTuple):
         which angles they use, shape ``(num_joints, 3)``; the fixed ones follow the free ones.
     ``fixed``
         angles that do not vary, shape ``(num_fixed,)``.
-    ``levels``
-        per depth: joints and their parents.
+    ``parents``
+        for each depth the parents of its joints, as places within the depth before.
     ``outputs``
         joints to return, in the order asked for.
     ``edges``
@@ -64,7 +65,7 @@ class Skeleton(NamedTuple):
     axes: Tensor
     angles: Tensor
     fixed: Tensor
-    levels: tuple[tuple[Tensor, Tensor], ...]
+    parents: tuple[Tensor, ...]
     outputs: Tensor
     edges: tuple[tuple[int, int], ...]
 
@@ -102,11 +103,12 @@ def build_skeleton(
         raise ValueError(f"there are no bone lengths of {missing}")
     index = {name: i for i, name in enumerate(ordered)}
     offsets = torch.tensor([by_name[name].offset for name in ordered], dtype=torch.float64)
-    levels = []
-    for depth in range(1, max(depths.values()) + 1):
-        names = [name for name in ordered if depths[name] == depth]
-        parents = [index[str(by_name[name].parent)] for name in names]
-        levels.append((torch.tensor([index[name] for name in names]), torch.tensor(parents)))
+    levels: list[list[str]] = [[] for _ in range(1 + max(depths.values()))]
+    for name in ordered:
+        levels[depths[name]].append(name)
+    parents = [torch.zeros(1, dtype=torch.long)]
+    for above, names in pairwise(levels):
+        parents.append(torch.tensor([above.index(str(by_name[name].parent)) for name in names]))
     angles, axes = _rotations([by_name[name] for name in ordered], free, fixed)
     skeleton = Skeleton(
         directions=torch.nn.functional.normalize(offsets, dim=-1),
@@ -114,7 +116,7 @@ def build_skeleton(
         axes=axes,
         angles=angles,
         fixed=torch.tensor([0.0, *fixed_angles.values()], dtype=torch.float64),
-        levels=tuple(levels),
+        parents=tuple(parents),
         outputs=torch.tensor([index[name] for name in outputs]),
         edges=tuple((list(outputs).index(a), list(outputs).index(b)) for a, b in edges),
     )
@@ -143,17 +145,18 @@ def forward_kinematics(
     sines = torch.cat([sines, fixed.sin()], -1)[..., skeleton.angles, None, None]
     # Rodrigues: I + sin K + (1 - cos) K^2, for all rotations of all joints
     K, identity = skeleton.axes.to(cosines), torch.eye(3, dtype=cosines.dtype)
-    elementary = identity + sines * K + (1 - cosines) * (K @ K)
-    local = elementary[..., 0, :, :] @ elementary[..., 1, :, :] @ elementary[..., 2, :, :]
+    first, second, third = (identity + sines * K + (1 - cosines) * (K @ K)).unbind(-3)
+    local = first @ second @ third
     bones = lengths[..., skeleton.bones].unsqueeze(-1) * skeleton.directions.to(lengths)
-    # joints are ordered by depth, so that the levels, one after another, are all of them
-    rotations, positions = [local[..., :1, :, :]], [torch.zeros_like(bones[..., :1, :])]
-    first = 0
-    for joints, parents in skeleton.levels:
-        R, x = rotations[-1][..., parents - first, :, :], positions[-1][..., parents - first, :]
-        first = int(joints[0])
-        positions.append(x + (R @ bones[..., joints, :].unsqueeze(-1)).squeeze(-1))
-        rotations.append(R @ local[..., joints, :, :])
+    # joints are ordered by depth: split into levels, which differentiates faster than indexing
+    sizes = [len(parents) for parents in skeleton.parents]
+    (R, *turns), (x, *steps) = local.split(sizes, -3), bones.split(sizes, -2)
+    positions = [x]
+    for parents, turn, step in zip(skeleton.parents[1:], turns, steps, strict=True):
+        R, x = R[..., parents, :, :], x[..., parents, :]
+        x = x + (R @ step.unsqueeze(-1)).squeeze(-1)
+        R = R @ turn
+        positions.append(x)
     return torch.cat(positions, -2)[..., skeleton.outputs, :]
 
 
