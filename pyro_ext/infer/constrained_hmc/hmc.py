@@ -71,8 +71,8 @@ class ConstrainedHMC(ConstrainedKernel):
     :param int num_inner_steps: geodesic steps per integrator step (:math:`N_i` in algorithm 1).
     :param bool adapt_step_size: adapt the step size during warm-up, by dual averaging of the
         acceptance probability over all chains.
-    :param bool adapt_mass_matrix: scale inputs by their posterior standard deviations, measured
-        during warm-up (a diagonal mass matrix).
+    :param bool adapt_mass_matrix: scale inputs so that they vary as much as their momenta do, as
+        measured during warm-up (a diagonal mass matrix).
     :param float target_accept_prob: acceptance probability that adaptation aims at.
     :param str projection: ``"quasi-newton"`` (one constraint evaluation per iteration) or
         ``"newton"`` (a new Jacobian per iteration).

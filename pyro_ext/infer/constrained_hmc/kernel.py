@@ -318,7 +318,7 @@ class ConstrainedKernel(VectorizedKernel):
             scale=one,
             step_size=self.step_size,
             averaging=dual_averaging_init(self.step_size, shrinkage=1.0),
-            variance=running_variance_init(structure.dim, position),
+            variances=(running_variance_init(structure.dim, position),) * 2,
             rejections=torch.zeros(len(position), dtype=torch.long, device=position.device),
             length=None,
             iteration=0,

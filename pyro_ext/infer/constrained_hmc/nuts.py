@@ -43,8 +43,8 @@ class ConstrainedNUTS(ConstrainedKernel):
     :param int num_inner_steps: geodesic steps per integrator step.
     :param bool adapt_step_size: adapt the step size during warm-up, by dual averaging over all
         chains of the acceptance probability, averaged over the steps of a trajectory.
-    :param bool adapt_mass_matrix: scale inputs by their posterior standard deviations, measured
-        during warm-up (a diagonal mass matrix).
+    :param bool adapt_mass_matrix: scale inputs so that they vary as much as their momenta do, as
+        measured during warm-up (a diagonal mass matrix).
     :param float target_accept_prob: acceptance probability that adaptation aims at.
     :param str projection: ``"quasi-newton"`` or ``"newton"``.
     :param bool use_fallback: try MINPACK's hybrid method on chains whose projection failed,

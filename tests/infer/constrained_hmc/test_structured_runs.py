@@ -108,6 +108,16 @@ def test_settings(settings: dict[str, Any]) -> None:
     check_posterior(mcmc, conditioned)
 
 
+def test_scales_do_not_spoil_what_the_constraint_has_scaled() -> None:
+    """The noise of sixty outputs moves with two inputs; each of its inputs varies little."""
+    conditioned = observe(series())
+    kernel = ConstrainedHMC(
+        conditioned.model, adapt_mass_matrix=True, trajectory_length=1.5, structure="elementwise"
+    )
+    check_posterior(run(kernel, 60, 40), conditioned, min_ess=400)
+    assert (kernel._chains.scale - 1).abs().max() < 0.3
+
+
 def test_no_u_turn_trajectories() -> None:
     conditioned = observe(series())
     kernel = ConstrainedNUTS(conditioned.model, max_tree_depth=5, structure="elementwise")

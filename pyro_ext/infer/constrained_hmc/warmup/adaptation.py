@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "input_scale",
     "running_variance_init",
     "running_variance_update",
+    "time_scale",
     "window_ends",
 ]
 
@@ -134,15 +136,42 @@ def running_variance_update(state: RunningVariance, inputs: Tensor) -> RunningVa
     )
 
 
-def input_scale(state: RunningVariance) -> Tensor:
-    """
-    Standard deviation of each input, regularised towards one as Stan does its variances.
+def input_scale(inputs: RunningVariance, momenta: RunningVariance) -> Tensor:
+    r"""
+    Scale of each input at which it varies as much as its momentum.
 
+    .. math:: s_j^2 = \operatorname{var} u_j \big/ \operatorname{var} p_j,
+
+    regularised towards one as Stan does its variances. Without a constraint momenta have variance
+    one, and this is the posterior standard deviation. On a manifold they are projected: where the
+    noise of a hundred outputs moves with one parameter, all of them vary little, and so do their
+    momenta. Their standard deviations alone would make the posterior, a standard normal along the
+    manifold, as wide as the root of a hundred.
+
+    :param inputs: of the inputs, over chains and draws.
+    :param momenta: of the momenta, in coordinates scaled as they are so far.
     :returns: shape ``(dim,)``.
     """
-    count = state.num_inputs
-    variance = state.sum_squares / max(count - 1, 1)
-    return ((count * variance + 5.0) / (count + 5.0)).sqrt()
+    count = inputs.num_inputs
+    variance, of_momenta = _variance(inputs), _variance(momenta)
+    # an input that the outputs determine does not move; what rounding makes of it says nothing
+    moves = of_momenta > torch.finfo(variance.dtype).eps ** 0.5
+    ratio = torch.where(moves, variance / of_momenta, 1.0)
+    return ((count * ratio + 5.0) / (count + 5.0)).sqrt()
+
+
+def time_scale(inputs: RunningVariance, momenta: RunningVariance, scale: Tensor) -> float:
+    """
+    How long a trajectory takes to cross the posterior, by what moves most; one where all is ideal.
+
+    :param Tensor scale: of the inputs, so far, ``(dim,)``. Others as for :func:`input_scale`.
+    """
+    positions = (_variance(inputs) / scale.square()).sum()
+    return math.sqrt(float(positions / _variance(momenta).sum()))
+
+
+def _variance(state: RunningVariance) -> Tensor:
+    return state.sum_squares / max(state.num_inputs - 1, 1)
 
 
 def window_ends(warmup_steps: int) -> tuple[int, ...]:

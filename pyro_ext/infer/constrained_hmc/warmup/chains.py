@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..dynamics.integrator import IntegratorSettings
 from ..dynamics.status import Status
 from ..dynamics.transitions import TransitionInfo, hmc_transition
-from ..system.constrained_system import Point, System
+from ..system.constrained_system import Point, System, project_momentum
 from .adaptation import (
     DualAveraging,
     RunningVariance,
@@ -21,9 +22,10 @@ from .adaptation import (
     input_scale,
     running_variance_init,
     running_variance_update,
+    time_scale,
     window_ends,
 )
-from .trajectory_length import LengthAdaptation
+from .trajectory_length import LengthAdaptation, rescale_length
 
 __all__ = [
     "Chains",
@@ -46,7 +48,7 @@ class Chains(NamedTuple):
     scale: Tensor  # (dim,) of the inputs
     step_size: float
     averaging: DualAveraging
-    variance: RunningVariance
+    variances: tuple[RunningVariance, RunningVariance]  # of inputs, and of momenta
     rejections: Tensor  # (chains,) proposals rejected lately
     length: LengthAdaptation | None  # of trajectories, if it is adapted
     iteration: int
@@ -131,15 +133,22 @@ def _adapt_scale(
     if not ends or not ends[0] <= chains.iteration <= ends[-1]:
         return chains
     inputs = chains.point.position * chains.scale
-    variance = running_variance_update(chains.variance, inputs)
-    chains = chains._replace(variance=variance)
+    momenta = project_momentum(chains.point.jacobian, torch.randn_like(inputs))
+    of_inputs = running_variance_update(chains.variances[0], inputs)
+    of_momenta = running_variance_update(chains.variances[1], momenta)
+    chains = chains._replace(variances=(of_inputs, of_momenta))
     if chains.iteration not in ends[1:]:
         return chains
-    scale = input_scale(variance)
+    scale = input_scale(of_inputs, of_momenta)
+    empty = running_variance_init(len(scale), scale)
+    length = chains.length
+    if length is not None:  # which is a time in the old coordinates
+        length = rescale_length(length, 1 / time_scale(of_inputs, of_momenta, chains.scale))
     chains = chains._replace(
         point=system.point(inputs / scale, scale),
         scale=scale,
-        variance=running_variance_init(len(scale), scale),
+        variances=(empty, empty),
+        length=length,
     )
     if not warmup.adapt_step_size:
         return chains

@@ -41,6 +41,7 @@ __all__ = [
     "length_adaptation_update",
     "plan_trajectory",
     "relative_slope",
+    "rescale_length",
 ]
 
 # Steps in the log length are at most 0.5 / sqrt(n), so that warm-ups of a few dozen draws, which
@@ -120,6 +121,14 @@ def length_adaptation_update(
 def freeze_length(state: LengthAdaptation) -> LengthAdaptation:
     """Use the averaged length from now on."""
     return state._replace(log_length=state.log_length_average)
+
+
+def rescale_length(state: LengthAdaptation, factor: float) -> LengthAdaptation:
+    """Go on in coordinates in which times are longer by a factor."""
+    shift = math.log(factor)
+    return state._replace(
+        log_length=state.log_length + shift, log_length_average=state.log_length_average + shift
+    )
 
 
 def relative_slope(trajectories: Trajectories, mean: Tensor) -> float | None:

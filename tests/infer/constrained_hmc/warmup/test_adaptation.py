@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.ops.dual_averaging import DualAveraging
+from torch import Tensor
 
 from pyro_ext.infer.constrained_hmc.warmup.adaptation import (
+    RunningVariance,
     dual_averaging_final,
     dual_averaging_init,
     dual_averaging_update,
@@ -16,6 +18,7 @@ from pyro_ext.infer.constrained_hmc.warmup.adaptation import (
     input_scale,
     running_variance_init,
     running_variance_update,
+    time_scale,
     window_ends,
 )
 
@@ -96,17 +99,45 @@ def test_running_variance_is_the_variance(sizes: list[int], dim: int, seed: int)
     torch.testing.assert_close(state.mean, everything.mean(0))
     variance = state.sum_squares / (state.num_inputs - 1)
     torch.testing.assert_close(variance, everything.var(0), rtol=1e-8, atol=1e-10)
-    count = len(everything)
-    shrunk = (count * everything.var(0) + 5.0) / (count + 5.0)
-    torch.testing.assert_close(input_scale(state), shrunk.sqrt(), rtol=1e-8, atol=1e-10)
 
 
 def test_scales_without_data_are_one() -> None:
     state = running_variance_init(3, torch.zeros(1))
-    torch.testing.assert_close(input_scale(state), torch.ones(3))
+    torch.testing.assert_close(input_scale(state, state), torch.ones(3))
     one = running_variance_update(state, torch.randn(1, 3))
-    assert input_scale(one).isfinite().all()
-    assert (input_scale(one) > 0.5).all()
+    assert input_scale(one, one).isfinite().all()
+    assert (input_scale(one, one) > 0.5).all()
+
+
+def variances(*samples: Tensor) -> list[RunningVariance]:
+    empty = running_variance_init(samples[0].shape[-1], samples[0])
+    return [running_variance_update(empty, sample) for sample in samples]
+
+
+def test_scales_without_constraint_are_standard_deviations() -> None:
+    width = torch.tensor([0.1, 1.0, 30.0])
+    inputs, momenta = variances(5.0 + width * torch.randn(10_000, 3), torch.randn(10_000, 3))
+    torch.testing.assert_close(input_scale(inputs, momenta), width, rtol=0.1, atol=0)
+    expected = float((width.square().mean()).sqrt())
+    assert time_scale(inputs, momenta, torch.ones(3)) == pytest.approx(expected, rel=0.1)
+    assert time_scale(inputs, momenta, width) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_standard_normal_on_a_subspace_needs_no_scales() -> None:
+    """A hundred inputs that move with two, of which each varies little."""
+    tangent = torch.linalg.qr(torch.randn(100, 2))[0]
+    inputs, momenta = variances(
+        torch.randn(4000, 2) @ tangent.mT, torch.randn(4000, 2) @ tangent.mT
+    )
+    scale = input_scale(inputs, momenta)
+    torch.testing.assert_close(scale, torch.ones(100), rtol=0.1, atol=0)
+    assert time_scale(inputs, momenta, torch.ones(100)) == pytest.approx(1.0, rel=0.1)
+
+
+def test_inputs_that_do_not_move_keep_their_scale() -> None:
+    """What the outputs determine alone varies by rounding and by the tolerance."""
+    inputs, momenta = variances(1e-8 * torch.randn(50, 1), 1e-16 * torch.randn(50, 1))
+    torch.testing.assert_close(input_scale(inputs, momenta), torch.ones(1))
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
