@@ -106,7 +106,7 @@ class EnergyMachineDistribution(TorchDistribution):
         :param Tensor value: shape broadcastable to ``batch_shape + (features,)``.
         :param num_importance_samples: S; by default what the module was made with, or what
             :meth:`~AutoregressiveEnergyMachine.evaluation` says.
-        :param exact: by quadrature, to a relative error of 1e-6 of every conditional.
+        :param exact: by quadrature, to a relative error of 1e-5 of every conditional.
         :returns: shape ``sample_shape + batch_shape``.
         :raises ValueError: if validation is on and the value is not in the support.
         :raises TypeError: if the value is of higher precision than the parameters.
@@ -148,7 +148,9 @@ class EnergyMachineDistribution(TorchDistribution):
         num_rows = shape[:-1].numel()
         context = None
         if self.context is not None:
-            context = self.context.expand(*shape[:-1], -1).reshape(num_rows, -1)
+            context = self.context.expand(*shape[:-1], -1).reshape(
+                num_rows, self.context.shape[-1]
+            )
         x = self.machine.draw(num_rows, context, num_proposals=num_proposals, exact=exact)
         return x.reshape(shape)
 
@@ -163,5 +165,5 @@ class EnergyMachineDistribution(TorchDistribution):
         rows = value.expand(batch_shape + self.event_shape).reshape(-1, self.machine.features)
         context = self.context
         if context is not None:
-            context = context.expand(*batch_shape, -1).reshape(len(rows), -1)
+            context = context.expand(*batch_shape, -1).reshape(len(rows), context.shape[-1])
         return batch_shape, rows, context

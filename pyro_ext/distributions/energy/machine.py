@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Uniform, constraints
 from torch.utils.checkpoint import checkpoint
 
+from ...errors import NormalizerWarning
 from ...nn import EnergyNetwork, ResMADE
 from ...ops.quadrature import halve, log_trapezoid
 from ..flow import check_precision
@@ -156,7 +158,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         )
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.long))
         self.monitor = NormalizerMonitor(monitor_every)
-        self._evaluation = Evaluation(num_evaluation_samples, False, 100)
+        self._evaluation = Evaluation(num_evaluation_samples, False, 100, 1e-5)
 
     def extra_repr(self) -> str:
         """Show the sizes when the module is printed."""
@@ -202,6 +204,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         num_importance_samples: int | None = None,
         exact: bool | None = None,
         num_proposals: int | None = None,
+        tolerance: float | None = None,
     ) -> Iterator[None]:
         """
         Change how densities and draws are computed, inside of a ``with`` block.
@@ -209,9 +212,13 @@ class AutoregressiveEnergyMachine(nn.Module):
         :param num_importance_samples: draws for the estimate of a conditional's normaliser.
         :param exact: densities by quadrature, draws by inversion.
         :param num_proposals: draws of the proposal to choose each number of a draw from.
+        :param tolerance: relative error of a normaliser at which quadrature stops, 1e-5 at first.
         """
         before = self._evaluation
-        self._evaluation = self._settings(num_importance_samples, exact, num_proposals)
+        settings = self._settings(num_importance_samples, exact, num_proposals)
+        if tolerance is not None:
+            settings = settings._replace(tolerance=tolerance)
+        self._evaluation = settings
         try:
             yield
         finally:
@@ -339,6 +346,7 @@ class AutoregressiveEnergyMachine(nn.Module):
     ) -> Tensor:
         z, log_det = self.standardize.to_noise(rows)
         conditionals = self._conditionals(z, context)
+        before = z if context is None else torch.cat([context, z], -1)
         z = z.reshape(-1)
         log_r = conditionals.log_reference(z.unsqueeze(-1)).squeeze(-1)
         if includes_data and not settings.exact:
@@ -346,7 +354,7 @@ class AutoregressiveEnergyMachine(nn.Module):
             log_p = log_r + u - found.log_normalizer
         else:
             log_z = (
-                _exact_log_normalizer(conditionals)
+                _exact_log_normalizer(conditionals, before.detach(), settings.tolerance)
                 if settings.exact
                 else estimate(conditionals, settings.num_importance_samples).log_normalizer
             )
@@ -395,6 +403,7 @@ class AutoregressiveEnergyMachine(nn.Module):
             else num_importance_samples,
             default.exact if exact is None else exact,
             default.num_proposals if num_proposals is None else num_proposals,
+            default.tolerance,
         )
         check_at_least(
             num_importance_samples=(settings.num_importance_samples, 3),
@@ -447,16 +456,45 @@ class AutoregressiveEnergyMachine(nn.Module):
         check_precision("context", context, self)
 
 
-def _exact_log_normalizer(conditionals: Conditionals) -> Tensor:
-    """Log Z by quadrature; gradients, where they are on, by trapezoids on a fixed grid."""
-    value = quadrature(conditionals).value
+def _exact_log_normalizer(conditionals: Conditionals, before: Tensor, tolerance: float) -> Tensor:
+    """
+    Log Z by quadrature; gradients, where they are on, by trapezoids on a fixed grid.
+
+    :param Conditionals conditionals: those of rows, one after the other.
+    :param Tensor before: context and features of the rows. Where those before a feature are the
+        same in two rows, as on a grid, the normaliser is computed once.
+    :param float tolerance: of the quadrature.
+    """
+    features = len(conditionals) // max(1, len(before))
+    value = torch.empty(len(before), features, dtype=before.dtype, device=before.device)
+    rows, errors = torch.arange(len(before), device=before.device), []
+    size = before.shape[1] - features
+    for feature in range(features):
+        which = torch.zeros_like(rows)
+        if size + feature:
+            which = before[:, : size + feature].unique(dim=0, return_inverse=True)[1]
+        one_of_each = rows.new_zeros(int(which.max()) + 1 if len(rows) else 0)
+        one_of_each[which] = rows
+        chosen = conditionals.select(one_of_each * features + feature)
+        found = quadrature(chosen, tolerance=tolerance)
+        value[:, feature] = found.value[which]
+        errors.append(found.error[found.value.isfinite()])
+    value, error = value.flatten(), torch.cat(errors)
+    if bool((error > tolerance).any()):
+        warnings.warn(
+            f"Quadrature did not reach its tolerance {tolerance:.1g} for "
+            f"{int((error > tolerance).sum())} of {len(error)} normalisers; the largest relative "
+            f"error is about {float(error.max()):.1g}. Some conditional has a feature that is "
+            "too narrow: is a feature constant, or min_scale very small?",
+            NormalizerWarning,
+            stacklevel=5,
+        )
     if not torch.is_grad_enabled():
         return value
-    index = torch.arange(len(conditionals), device=value.device)
     parts = [
         # computed again for the gradient, so that memory does not grow with the grid
         checkpoint(_trapezoids, conditionals.select(part), use_reentrant=False)
-        for part in index.split(_GRIDS_WITH_GRADIENT)
+        for part in torch.arange(len(value), device=value.device).split(_GRIDS_WITH_GRADIENT)
     ]
     approximate = torch.cat(parts)
     return value + (approximate - approximate.detach())

@@ -15,7 +15,7 @@ from .proposals import stratified_positions
 __all__ = ["Estimate", "data_estimate", "estimate", "quadrature", "systematic_resampling"]
 
 _NODES_AT_ONCE = 2**18
-_GRIDS_AT_ONCE = 256
+_GRIDS_AT_ONCE = 64
 
 
 class Estimate(NamedTuple):
@@ -137,7 +137,7 @@ def systematic_resampling(log_weights: Tensor, number: int) -> Tensor:
 
 @torch.no_grad()
 def quadrature(
-    conditionals: Conditionals, *, tolerance: float = 1e-6, max_halvings: int = 12
+    conditionals: Conditionals, *, tolerance: float = 1e-6, max_halvings: int = 10
 ) -> LogIntegral:
     """
     Compute log Z by quadrature on a grid that starts from the shape of the proposal.
@@ -153,7 +153,9 @@ def quadrature(
         chosen = conditionals.select(part)
 
         def log_f(rows: Tensor, points: Tensor, chosen: Conditionals = chosen) -> Tensor:
-            return chosen.select(rows).log_unnormalized(points)
+            size = max(1, _NODES_AT_ONCE // points.shape[1])
+            parts = zip(rows.split(size), points.split(size), strict=True)
+            return torch.cat([chosen.select(i).log_unnormalized(x) for i, x in parts])
 
         parts.append(
             log_integral(

@@ -115,10 +115,13 @@ class DefensiveMixture(Proposal):
         """See :meth:`Proposal.place`."""
         weights = self.log_weights.exp()
         ends = weights.cumsum(-1)
-        component = torch.searchsorted(ends[..., :-1].contiguous(), positions, right=True)
+        component = torch.searchsorted(
+            ends[..., :-1].contiguous(), positions.contiguous(), right=True
+        )
         weight, end = weights.gather(-1, component), ends.gather(-1, component)
-        level = 1.0 - (end - positions) / weight
         tiny = torch.finfo(positions.dtype).tiny
+        # by rounding, also a component of no weight may be chosen
+        level = 1.0 - (end - positions) / weight.clamp_min(tiny)
         level = level.clamp(tiny, 1.0 - torch.finfo(positions.dtype).eps)
         normal = (component - 1).clamp_min(0)
         gaussian = self.locs.gather(-1, normal)

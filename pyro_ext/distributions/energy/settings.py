@@ -17,6 +17,7 @@ class Evaluation(NamedTuple):
     num_importance_samples: int
     exact: bool
     num_proposals: int
+    tolerance: float
 
 
 def check_proposal(proposal: str | Distribution, features: int) -> Distribution | None:
