@@ -51,7 +51,6 @@ def criterion(trajectories: Trajectories, mean: Tensor) -> float:
     return float((weights * changes).sum() / weights.sum())
 
 
-@pytest.mark.parametrize("length", [0.3, 1.2, 2.5])
 def test_lengths_follow_the_unit_of_time() -> None:
     state = length_adaptation_init(0.5, torch.randn(4, 2))
     longer = rescale_length(state, 3.0)
@@ -59,6 +58,7 @@ def test_lengths_follow_the_unit_of_time() -> None:
     assert math.exp(freeze_length(longer).log_length) == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize("length", [0.3, 1.2, 2.5])
 def test_the_slope_is_the_derivative_of_the_log_criterion(length: float) -> None:
     start, momentum, mean = torch.randn(20, 3), torch.randn(20, 3), torch.randn(3)
     weights = torch.rand(20)
