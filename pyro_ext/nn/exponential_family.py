@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
@@ -22,7 +23,7 @@ def add_positive(prior: Tensor, statistic: Tensor) -> Tensor:
     Add a statistic to a positive parameter, so that the sum is positive whatever it is.
 
     .. math:: f(\lambda, t) = \lambda + t \text{ for } t \ge 0, \qquad
-        \lambda e^{t / \lambda} \text{ for } t < 0.
+        \lambda e^{\max(t / \lambda, -12)} \text{ for } t < 0.
 
     The statistics of data are never negative, and simply added. Those of an untrained network may
     be; the value and its slope go on without a step at zero, where the result is the prior.
@@ -31,10 +32,8 @@ def add_positive(prior: Tensor, statistic: Tensor) -> Tensor:
     :param Tensor statistic: :math:`t`, any real number.
     :returns: of the broadcast shape, positive.
     """
-    negative = statistic.clamp(max=0.0)
-    # not further than a factor of e^-60, which a single precision number can be
-    decay = torch.exp((negative / prior).clamp(min=-60.0))
-    return torch.where(statistic < 0, prior * decay, prior + statistic)
+    # elu(t) = e^t - 1 below zero; a factor below e^-12 would be lost in rounding
+    return prior * (1 + F.elu((statistic / prior).clamp(min=-12.0)))
 
 
 class _Head(nn.Module):

@@ -170,7 +170,7 @@ class APG:
         for parameter, gradient in pairs:
             parameter.grad = gradient
         if isinstance(self.optim, PyroOptim):
-            parameters = {parameter for parameter, _ in pairs}
+            parameters: Any = {parameter for parameter, _ in pairs}
             self.optim(parameters)
             zero_grads(parameters)
         else:

@@ -71,7 +71,7 @@ def draw_exactly(
     :returns: values by name.
     """
 
-    def enumerate_block(site: Mapping[str, Any]) -> dict[str, str]:
+    def enumerate_block(site: Any) -> Any:
         return {"enumerate": "parallel"} if site["name"] in sites else {}
 
     def conditioned() -> None:

@@ -48,9 +48,8 @@ def update_loss(update: Update) -> Tensor:
     weighed = update.weighed
     weights = torch.softmax(weighed.log_weights, 0)
     loss = -_weighted(weights, update.log_joint).mean()
-    if weighed.local_log_prob is not None and weighed.local_log_weights is not None:
-        local_weights = torch.softmax(weighed.local_log_weights, 0)
-        return loss - _weighted(local_weights, weighed.local_log_prob).sum(-1).mean()
+    if weighed.local_log_prob is not None and weighed.local_weights is not None:
+        return loss - _weighted(weighed.local_weights, weighed.local_log_prob).sum(-1).mean()
     if weighed.log_prob is not None:
         return loss - _weighted(weights, weighed.log_prob).mean()
     return loss
@@ -91,11 +90,13 @@ class APGObjective(nn.Module):
         self.num_particles, self.num_sweeps = num_particles, num_sweeps
         self.resampler = resampler
         self.batch_plate, self.local_plates = batch_plate, local_plates
-        parts = {"model": [model], "encoder": [encoder]}
+        parts: dict[str, list[Any]] = {"model": [model], "encoder": [encoder]}
         parts["kernels"] = [kernels] if callable(kernels) else list(kernels)
-        self.parts = nn.ModuleDict(
-            {name: nn.ModuleList(_trained_modules(programs)) for name, programs in parts.items()}
-        )
+        self.parts = nn.ModuleDict()
+        for name, part in parts.items():
+            known = {id(module) for module in self.modules()}
+            new = [module for module in _trained_modules(part) if id(module) not in known]
+            self.parts[name] = nn.ModuleList(new)
         self.history: History | None = None
         """Figures of the latest run."""
         self._structure: Structure | None = None
@@ -155,7 +156,7 @@ class APGObjective(nn.Module):
         :raises ValueError: if the programs do not fit together, or have parameters that the
             objective does not know.
         """
-        known = {id(p): p for p in self.parameters() if p.requires_grad}
+        known: dict[int, Tensor] = {id(p): p for p in self.parameters() if p.requires_grad}
         sums: dict[int, Tensor] = {}
         losses: list[Tensor] = []
 
@@ -204,7 +205,7 @@ class _ReadyGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, output: Tensor) -> Any:
         return None, None, *(output * gradient for gradient in ctx.saved_tensors)
 

@@ -63,7 +63,7 @@ class Weighed(NamedTuple):
     log_weights: Tensor
     log_increments: Tensor  # logarithm of eq. 9
     log_prob: Tensor | None  # with a graph; None where the block was drawn exactly
-    local_log_weights: Tensor | None  # of the elements of the local plate
+    local_weights: Tensor | None  # of the elements of the local plate, normalised
     local_log_prob: Tensor | None
 
 
@@ -200,8 +200,8 @@ def weigh(
         if plate is None:
             return Weighed(log_weights, increments, log_q, None, None)
         change = density.local[plate] - particles.local_log_joint[plate] - change_of_q
-        local_log_weights = _add(particles.log_weights.unsqueeze(-1), change)
-    return Weighed(log_weights, increments, log_q.sum(-1), local_log_weights, log_q)
+        local_weights = torch.softmax(_add(particles.log_weights.unsqueeze(-1), change), 0)
+    return Weighed(log_weights, increments, log_q.sum(-1), local_weights, log_q)
 
 
 def update_block(programs: Programs, block: Block, particles: Particles, sweep: int) -> Update:

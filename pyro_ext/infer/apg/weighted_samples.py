@@ -142,8 +142,8 @@ def record_history(updates: Iterable[Update], num_blocks: int) -> tuple[Particle
         log_weights = particles.log_weights
         is_first = number == 0
         ess.setdefault(update.block, []).append(_fraction(update.weighed.log_increments))
-        if update.weighed.local_log_weights is not None:
-            local = _fraction(update.weighed.local_log_weights)
+        if update.weighed.local_weights is not None:
+            local = update.weighed.local_weights.square().sum(0).reciprocal() / len(log_weights)
             local_ess.setdefault(update.block, []).append(local.mean(-1))
         if is_first or number % max(num_blocks, 1) == 0:  # the last of its sweep
             # particles of weight zero may have a density of zero: 0 * -inf counts for nothing
