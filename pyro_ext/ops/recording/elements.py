@@ -88,7 +88,10 @@ class Elements:
         first, last = self._owner(int(numbers.min())), self._owner(int(numbers.max()))
         if last - first <= 1:
             return {first, last}
-        return set(self._all_owners(numbers.reshape(-1)).tolist())
+        flat = numbers.reshape(-1)
+        if len(flat) < len(self._starts):  # which are copied to search for many at once
+            return {self._owner(number) for number in flat.tolist()}
+        return set(self._all_owners(flat).tolist())
 
     def _all_owners(self, flat: Tensor) -> Tensor:
         return torch.searchsorted(torch.tensor(self._starts), flat.contiguous(), right=True) - 1
