@@ -11,8 +11,9 @@ grows linearly with the length of the series.
 Data, posterior, tolerance and figures are those of ``constrained_hmc_lotka_volterra``, whose Mici
 runs are repeated here at their two best settings; everything is of one thread. ``by steps`` has a
 site for every step; ``recursion`` is the simulator as it runs, whose Jacobian is triangular;
-``at once`` has one site for many series of 50 steps, computed from the *observed* states, because
-a single one leaves the range of numbers after some hundred steps.
+``at once`` has one site for all, computed from the *observed* states. A single series leaves the
+range of numbers after some hundred steps: ``by steps`` and ``at once`` have a new one every 50
+steps, ``recursion`` stops at 400.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ DATA_SEED = 1238  # of a series that stays moderate for 400 steps
 
 
 def observed_series(form: str, num_steps: int) -> Tensor:
-    """One series, or for the form ``at once`` as many of 50 steps as there are steps for."""
-    if form != "at once":
+    """One series, or except for the recursion as many of 50 steps as there are steps for."""
+    if form == "recursion":
         return simulator.observed_data(DATA_SEED, num_steps)
     seeds = range(num_steps // simulator.NUM_STEPS)
     return torch.cat([simulator.observed_data(simulator.DATA_SEED + seed) for seed in seeds])
@@ -69,7 +70,7 @@ def observed_series(form: str, num_steps: int) -> Tensor:
 
 def means(form: str, theta: Tensor, x: Tensor) -> Tensor:
     """Noise-free next state of every observed state."""
-    series = [x] if form != "at once" else x.split(simulator.NUM_STEPS)
+    series = [x] if form == "recursion" else x.split(simulator.NUM_STEPS)
     previous = torch.cat(
         [torch.cat([x.new_tensor([simulator.INITIAL_POPULATIONS]), each[:-1]]) for each in series]
     )
@@ -87,7 +88,7 @@ def conditioned_model(form: str, x: Tensor) -> Callable[[], Any]:
     num_steps = len(x)
     if form == "by steps":
         data = simulator.data_by_steps(x)
-        return pyro.condition(lambda: simulator.model_by_steps(num_steps), data)
+        return pyro.condition(lambda: model_by_steps(num_steps), data)
 
     def model() -> None:
         theta = pyro.sample("theta", dist.LogNormal(-2.0, 1.0).expand([4]).to_event(1))
@@ -98,6 +99,21 @@ def conditioned_model(form: str, x: Tensor) -> Callable[[], Any]:
             pyro.deterministic("x", simulator.simulate(theta, noise))
 
     return pyro.condition(model, {"x": x})
+
+
+def model_by_steps(num_steps: int) -> None:
+    """As the simulator's, with a new series every 50 steps."""
+    theta = pyro.sample("theta", dist.LogNormal(-2.0, 1.0).expand([4]).to_event(1))
+    birth, predation, death, growth_rate = theta
+    for t in range(num_steps):
+        if t % simulator.NUM_STEPS == 0:
+            prey, predators = theta.new_tensor(simulator.INITIAL_POPULATIONS)
+        noise = pyro.sample(f"noise_{t}", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        mean = [
+            prey * (1 + birth - predation * predators),
+            predators * (1 - death + growth_rate * prey),
+        ]
+        prey, predators = pyro.deterministic(f"x_{t}", torch.stack(mean) + noise)
 
 
 def true_inputs(form: str, x: Tensor) -> Tensor:
