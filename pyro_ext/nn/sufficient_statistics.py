@@ -60,11 +60,11 @@ class PointwiseStatistics(nn.Module):
         :param Tensor mask: true for points that count, shape broadcastable to ``(..., points)``.
         :returns: shape ``(..., statistics)``.
         """
-        statistics = self.network(features)
-        if mask is not None:
-            # by choice, not by a product: padding may be NaN
-            statistics = torch.where(mask.unsqueeze(-1), statistics, 0.0)
-        return statistics.sum(-2)
+        if mask is None:
+            return self.network(features).sum(-2)
+        # by choice, not by products, and before the network: padding may be NaN
+        features = torch.where(mask.unsqueeze(-1), features, 0.0)
+        return torch.where(mask.unsqueeze(-1), self.network(features), 0.0).sum(-2)
 
 
 class SoftMoments(nn.Module):
