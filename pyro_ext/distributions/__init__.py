@@ -10,6 +10,7 @@ from .dequantization import VariationalDequantization as VariationalDequantizati
 from .dequantization import bits_per_dimension as bits_per_dimension
 from .energy import AutoregressiveEnergyMachine as AutoregressiveEnergyMachine
 from .energy import EnergyMachineDistribution as EnergyMachineDistribution
+from .energy import KernelDensityAEM as KernelDensityAEM
 from .flow import FlowDistribution as FlowDistribution
 from .image_flow import ImageSplineFlow as ImageSplineFlow
 from .normal_gamma import NormalGamma as NormalGamma
@@ -23,6 +24,7 @@ __all__ = [
     "EnergyMachineDistribution",
     "FlowDistribution",
     "ImageSplineFlow",
+    "KernelDensityAEM",
     "NeuralSplineFlow",
     "NormalGamma",
     "UniformDequantization",

@@ -333,7 +333,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         """
         settings = self._settings(None, exact, num_proposals)
 
-        def draw_one(conditionals: Conditionals) -> Tensor:
+        def draw_one(conditionals: Conditionals, feature: int) -> Tensor:
             if settings.exact:
                 return sampler.inverse_of_trapezoids(conditionals)
             return sampler.resample(conditionals, settings.num_proposals)

@@ -12,7 +12,7 @@ from ...ops.quadrature import halve
 from .conditionals import Conditionals
 from .proposals import stratified_positions
 
-__all__ = ["draw", "inverse_of_trapezoids", "resample"]
+__all__ = ["choose", "draw", "inverse_of_trapezoids", "resample"]
 
 _ROWS_AT_ONCE = 1024
 _HALVINGS = 3  # of the grid, for exact draws
@@ -24,7 +24,7 @@ def draw(
     conditionals: Callable[[Tensor], Conditionals],
     num_rows: int,
     context: Tensor | None,
-    draw_one: Callable[[Conditionals], Tensor],
+    draw_one: Callable[[Conditionals, int], Tensor],
 ) -> Tensor:
     """
     Draw rows, each unit of the network computed once.
@@ -33,7 +33,7 @@ def draw(
     :param conditionals: makes densities from parameters of shape ``(n, size)``.
     :param int num_rows: rows to draw.
     :param Tensor context: what they are conditioned on, shape ``(num_rows, context_features)``.
-    :param draw_one: draws from densities, shape ``(n,)``.
+    :param draw_one: draws from the densities of a feature, whose number it gets, shape ``(n,)``.
     :returns: shape ``(num_rows, features)``.
     """
     parts = []
@@ -41,9 +41,9 @@ def draw(
         size = min(_ROWS_AT_ONCE, num_rows - first)
         state = network.start((size,), None if context is None else context[first : first + size])
         x: list[Tensor] = []
-        for _ in range(network.features):
+        for feature in range(network.features):
             parameters, state = network.step(state, x[-1] if x else None)
-            x.append(draw_one(conditionals(parameters.expand(size, -1))))
+            x.append(draw_one(conditionals(parameters.expand(size, -1)), feature))
         parts.append(torch.stack(x, -1))
     if not parts:
         return network.output.weight.new_empty((0, network.features))
@@ -64,7 +64,7 @@ def resample(conditionals: Conditionals, num_proposals: int) -> Tensor:
     positions = stratified_positions((len(conditionals), num_proposals), conditionals.context)
     nodes = conditionals.proposal.place(positions)
     weights = conditionals.log_weights(nodes).softmax(-1)
-    chosen = _positions_in(weights.cumsum(-1), conditionals.context)
+    chosen = choose(weights.cumsum(-1))
     return nodes.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
 
 
@@ -82,7 +82,7 @@ def inverse_of_trapezoids(conditionals: Conditionals) -> Tensor:
     heights = (log_f - log_f.max(-1, keepdim=True).values).exp()
     steps = grid[:, 1:] - grid[:, :-1]
     masses = 0.5 * steps * (heights[:, 1:] + heights[:, :-1])
-    chosen = _positions_in(masses.cumsum(-1), conditionals.context).unsqueeze(-1)
+    chosen = choose(masses.cumsum(-1)).unsqueeze(-1)
     left, right = heights.gather(-1, chosen), heights.gather(-1, chosen + 1)
     # of the density a + (b - a) s on [0, 1], up to its integral, s has the quantile
     # v (a + b) / (a + sqrt(a^2 + v (b^2 - a^2)))
@@ -93,10 +93,15 @@ def inverse_of_trapezoids(conditionals: Conditionals) -> Tensor:
     return (grid.gather(-1, chosen) + fraction * steps.gather(-1, chosen)).squeeze(-1)
 
 
-def _positions_in(cumulative: Tensor, like: Tensor) -> Tensor:
-    """Choose indices by their mass, whose sums are given, shape ``(n, m)`` to ``(n,)``."""
+def choose(cumulative: Tensor) -> Tensor:
+    """
+    Choose an index by its mass in every row.
+
+    :param Tensor cumulative: sums of the masses up to each index, shape ``(n, m)``.
+    :returns: shape ``(n,)``; zero where there is no mass.
+    """
     total = cumulative[:, -1:]
-    uniform = torch.rand((len(cumulative), 1), dtype=like.dtype, device=like.device)
+    uniform = torch.rand_like(cumulative[:, :1])
     chosen = torch.searchsorted(cumulative, uniform * total, right=True).squeeze(-1)
     # where rounding puts the number at the very end, the last index that has mass
     last = (cumulative < total).sum(-1)
