@@ -97,15 +97,21 @@ def run(
     :param values: values of latent sites by name, ``(particles, ...)``.
     :param num_particles: number of particles; without any if ``None``.
     :param int plate_nesting: number of batch dimensions that are the program's own.
+    :raises ValueError: if a plate is empty.
     """
     recorder = Recorder(values)
-    if num_particles is None:
-        with recorder:
-            program(*args, **kwargs)
-        return recorder
-    plate = pyro.plate(PARTICLES, num_particles, dim=-plate_nesting - 1)
-    with pyro.validation_enabled(False), recorder, plate:
-        program(*args, **kwargs)
+    try:
+        if num_particles is None:
+            with recorder:
+                program(*args, **kwargs)
+        else:
+            plate = pyro.plate(PARTICLES, num_particles, dim=-plate_nesting - 1)
+            with pyro.validation_enabled(False), recorder, plate:
+                program(*args, **kwargs)
+    except ZeroDivisionError as error:
+        if "size cannot be zero" not in str(error):
+            raise
+        raise ValueError("A plate of the program is empty: there are no data.") from error
     return recorder
 
 

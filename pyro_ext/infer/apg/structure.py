@@ -174,9 +174,6 @@ def _check_batch_plate(recorder: Recorder, batch_plate: str | None, nesting: int
                     f"dimension {dim}. Put it into a pyro.plate(..., dim={dim}), or declare the "
                     "dimension as part of the event with .to_event(1)."
                 )
-        if any(frame.size == 0 for frame in site.frames):
-            empty = [frame.name for frame in site.frames if frame.size == 0]
-            raise ValueError(f"Plate {empty[0]!r} around site {name!r} is empty: give some data.")
         if batch_plate is None:
             continue
         own = [frame for frame in site.frames if frame.name == batch_plate]

@@ -64,7 +64,8 @@ class Tables(nn.Module):
         self.label = nn.Parameter(
             torch.tensor([[0.5, 0.0, -0.3], [-0.2, 0.4, 0.3]], dtype=torch.float64)
         )
-        self.slope = nn.Parameter(torch.tensor([-0.4, 0.1, 0.6], dtype=torch.float64))
+        slope = [[-0.4, 0.1, 0.6], [0.1, 0.3, -0.2]]
+        self.slope = nn.Parameter(torch.tensor(slope, dtype=torch.float64))
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> None:
         with pyro.plate("data_sets", len(x), dim=-2):
@@ -87,7 +88,7 @@ class Tables(nn.Module):
             pyro.sample("label", dist.Categorical(logits=logits))
 
     def label_logits(self, group: Tensor, x: Tensor) -> Tensor:
-        return self.label[group] + self.slope * x.unsqueeze(-1)
+        return self.label[group] + self.slope[group] * x.unsqueeze(-1)
 
     def log_probs(self, state: tuple[int, int, int], x: Tensor = X) -> dict[str, Tensor]:
         """Log-density of what each program proposes, without Pyro."""
