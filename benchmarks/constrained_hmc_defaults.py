@@ -218,9 +218,7 @@ def smallest_ess(draws: np.ndarray) -> float:
 Setting = tuple[float, float]  # step size and trajectory length
 
 
-def best_by_hand(
-    problem: Problem,
-) -> tuple[tuple[Setting, Efficiency], tuple[Setting, Efficiency]]:
+def best_by_hand(problem: Problem) -> list[tuple[Setting, Efficiency]]:
     """The best of a grid of fixed step sizes and trajectory lengths, per step and per second."""
     quick = problem._replace(draws=problem.draws // 2)
     grid = [
@@ -235,7 +233,7 @@ def best_by_hand(
         for setting in sorted(grid, key=key)[-2:]:
             again[setting] = again.get(setting) or by_hand(problem, 1, setting)
     by_step = max(again.items(), key=lambda item: item[1].per_step)
-    return by_step, max(again.items(), key=lambda item: item[1].per_second)
+    return [by_step, max(again.items(), key=lambda item: item[1].per_second)]
 
 
 def by_hand(problem: Problem, seed: int, setting: Setting) -> Efficiency:
@@ -264,7 +262,8 @@ def defaults(names: list[str]) -> None:
                 "problem": name,
                 "ESS": f"{ours.ess:.0f} of {CHAINS * problem.draws}",
                 "ESS per 1000 steps": f"{ours.per_step:.3g}",
-                "best by hand (step, length)": f"{by_step.per_step:.3g} ({setting[0]}, {setting[1]})",
+                "best by hand": f"{by_step.per_step:.3g}",
+                "its step size, length": "{:g}, {:g}".format(*setting),
                 "share of the best": f"{ours.per_step / by_step.per_step:.2f}",
                 "ESS per CPU s": f"{ours.per_second:.3g}",
                 "best per CPU s": f"{by_second.per_second:.3g}",

@@ -39,7 +39,12 @@ from torch import Tensor
 from benchmarks._memory import growth
 from benchmarks._report import progress, write_table
 from pyro_ext import ConstrainedHMC, ConstrainedNUTS
-from pyro_ext.infer.constrained_hmc.assembly import Preferences, assemble, default_tolerances
+from pyro_ext.infer.constrained_hmc.assembly import (
+    Preferences,
+    assemble,
+    default_tolerances,
+    settle,
+)
 from pyro_ext.infer.constrained_hmc.dynamics.integrator import (
     IntegratorSettings,
     PhaseState,
@@ -140,7 +145,8 @@ def step_cost(form: str, num_steps: int, chains: int, structure: str, repeats: i
     model = ConstrainedModel(conditioned_model(form, x), (), {})
     u = true_inputs(form, x).expand(chains, -1).contiguous()
     with torch.no_grad():
-        assembly = assemble(model, Preferences(chains, "auto", structure))
+        preferences = Preferences(chains, "auto", structure)
+        assembly = settle(assemble(model, preferences), u, preferences)
         setup = time.process_time() - start
         system, scale = assembly.system, torch.ones(model.dim)
         settings = IntegratorSettings(
@@ -175,7 +181,7 @@ def length(repeats: int) -> None:
     rows = []
     plan = [
         ("at once", "auto", (50, 100, 200, 400, 800, 1600, 3200, 6400)),
-        ("by steps", "auto", (50, 100, 200, 400, 800)),
+        ("by steps", "auto", (50, 100, 200, 400, 800, 1600, 3200, 6400)),
         ("recursion", "autoregressive", (50, 100, 200, 400)),
         ("recursion", "dense", (50, 100, 200, 400)),
     ]
