@@ -5,6 +5,7 @@ Importing this package changes no global state of torch or Pyro.
 
 from .diagnostics import deterministic_values as deterministic_values
 from .diagnostics import to_arviz as to_arviz
+from .distributions import AutoregressiveEnergyMachine as AutoregressiveEnergyMachine
 from .distributions import NeuralSplineFlow as NeuralSplineFlow
 from .infer import MCMC as MCMC
 from .infer import AutoSplineFlow as AutoSplineFlow
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MCMC",
     "AutoSplineFlow",
+    "AutoregressiveEnergyMachine",
     "ConditionalPriorGuide",
     "ConstrainedHMC",
     "ConstrainedNUTS",

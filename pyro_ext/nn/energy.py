@@ -69,10 +69,7 @@ class EnergyNetwork(nn.Module):
         self.context_features, self.bound = context_features, bound
         self.initial = nn.Linear(1, hidden_features, bias=False)
         self.initial_context = nn.Linear(context_features, hidden_features)
-        # as one layer that reads both would start
-        for layer in (self.initial, self.initial_context):
-            end = 1.0 / math.sqrt(1 + context_features)
-            nn.init.uniform_(layer.weight, -end, end)
+        self._spread_kinks()
         self.blocks = nn.ModuleList(
             ResidualBlock(
                 (
@@ -89,6 +86,18 @@ class EnergyNetwork(nn.Module):
         with torch.no_grad():
             self.output.weight.mul_(0.1)
             self.output.bias.zero_()
+
+    def _spread_kinks(self) -> None:
+        """
+        Let the first layer's units change sign all over the range of standardised data.
+
+        As linear layers start, they would all do so where the vector puts it, with small slopes
+        in x; then it takes long to learn what varies fast.
+        """
+        with torch.no_grad():
+            kinks = torch.empty_like(self.initial_context.bias).uniform_(-3.0, 3.0)
+            self.initial.weight.copy_(torch.randn_like(self.initial.weight))
+            self.initial_context.bias.copy_(-kinks * self.initial.weight.squeeze(-1))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """
