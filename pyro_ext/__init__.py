@@ -7,6 +7,7 @@ from .diagnostics import deterministic_values as deterministic_values
 from .diagnostics import to_arviz as to_arviz
 from .distributions import AutoregressiveEnergyMachine as AutoregressiveEnergyMachine
 from .distributions import NeuralSplineFlow as NeuralSplineFlow
+from .infer import APG as APG
 from .infer import MCMC as MCMC
 from .infer import AutoSplineFlow as AutoSplineFlow
 from .infer import ConditionalPriorGuide as ConditionalPriorGuide
@@ -20,6 +21,7 @@ from .training import fit_density as fit_density
 __version__ = "0.1.0"
 
 __all__ = [
+    "APG",
     "MCMC",
     "AutoSplineFlow",
     "AutoregressiveEnergyMachine",
