@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...ops.resampling import Resampler
 from ...poutine.frozen import FrozenMessenger
 from .exact_block import ExactBlock
+from .locality import check_local_blocks
 from .structure import Programs, Structure, inspect_programs
 from .sweep import Update, updates
 from .weighted_samples import History, record_history
@@ -117,6 +118,7 @@ class APGObjective(nn.Module):
             structure = inspect_programs(
                 model, encoder, kernels, args, kwargs, self.batch_plate, self.local_plates
             )
+            check_local_blocks(Programs(model, encoder, args, kwargs, structure))
         elif callable(given):  # new kernels for the same blocks
             pairs = zip(structure.blocks, kernels, strict=True)
             blocks = tuple(block._replace(kernel=kernel) for block, kernel in pairs)

@@ -229,6 +229,35 @@ def test_local_plates_must_be_there(plates: list[str], match: str) -> None:
         _apg(local_plates=plates).sample(X)
 
 
+def _neighbours(x: Tensor) -> None:
+    """Observations that depend on the point before, too."""
+    with pyro.plate("data_sets", len(x), dim=-2):
+        pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("points", x.shape[1], dim=-1):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(kind + kind.roll(1, -1), 1.0), obs=x)
+
+
+def _total(x: Tensor) -> None:
+    """An observation of all points together."""
+    with pyro.plate("data_sets", len(x), dim=-2):
+        pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("points", x.shape[1], dim=-1):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(kind.sum(-1, keepdim=True), 1.0), obs=x[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("model", "where"),
+    [(_neighbours, "at other elements of it"), (_total, "which is outside of it")],
+)
+def test_local_plates_must_be_independent(model: Program, where: str) -> None:
+    x = torch.zeros(4, 12)
+    _apg(model=model).sample(x)  # which is fine as long as the plate is not said to be local
+    with pytest.raises(ValueError, match=rf"\['kind'\] is in the local plate 'points'.*{where}"):
+        _apg(model=model, local_plates=["points"]).sample(x)
+
+
 def test_exact_blocks_do_not_scale() -> None:
     def scaled(x: Tensor) -> None:
         with poutine.scale(scale=2.0):
