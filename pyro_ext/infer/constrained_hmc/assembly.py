@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 from torch.func import jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,8 +115,7 @@ def assemble(model: ConstrainedModel, preferences: Preferences) -> Assembly:
     if not model.structure.is_standard_normal:
         potential = _recorded(model.potential, inputs[0])
     system = ConstrainedSystem(constraint, potential)
-    points = torch.stack([model.inputs({}, init_to_sample) for _ in range(_PRIOR_DRAWS)])
-    return _choose(system, None, points, preferences)
+    return _choose(system, None, model.prior_draws(_PRIOR_DRAWS), preferences)
 
 
 def settle(assembly: Assembly, positions: Tensor, preferences: Preferences) -> Assembly:

@@ -53,7 +53,7 @@ def initial_positions(
     structure = model.structure
     one = torch.ones(structure.dim, dtype=structure.dtype, device=structure.device)
 
-    searcher = _searcher(system, model.inputs({}, init_to_sample))
+    searcher = _searcher(system, model.prior_draws(1)[0])
     num_outputs = (structure.num_constraints,)
 
     def constraint(position: Tensor) -> Tensor:
@@ -66,13 +66,13 @@ def initial_positions(
     def draw(number: int) -> Tensor:
         # given values are used in the first try; chains that they fail are drawn anew
         given = values if number == len(values) else [{}] * number
-        if init_strategy is init_to_sample and structure.is_standard_normal and not any(given):
-            return one.new_empty(number, structure.dim).normal_()  # without running the model
+        if init_strategy is init_to_sample and not any(given):
+            return model.prior_draws(number)
         return torch.stack([model.inputs(chain, init_strategy) for chain in given])
 
     linearize, solve_blocks = _by_blocks(searcher, constraint, one, tolerances)
     if linearize is None:  # outputs of blocks depend on inputs of their own
-        prior = torch.stack([model.inputs({}, init_to_sample) for _ in range(_PRIOR_DRAWS)])
+        prior = model.prior_draws(_PRIOR_DRAWS)
         check_dependence(structure, jacobian_matrix(prior), constraint(prior), at="prior draws")
     points = find_initial_points(
         constraint,

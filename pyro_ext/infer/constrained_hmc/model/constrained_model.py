@@ -10,7 +10,7 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
@@ -126,6 +126,14 @@ class ConstrainedModel:
         with _quiet(), torch.no_grad(), puller, InitMessenger(init_strategy):
             self._enumerated(self._model)(*self._args, **self._kwargs)
         return torch.cat([puller.inputs[site.name].reshape(-1) for site in self.structure.latents])
+
+    def prior_draws(self, number: int) -> Tensor:
+        """Inputs of draws from the prior, ``(number, dim)``."""
+        structure = self.structure
+        if structure.is_standard_normal:  # without running the model
+            shape = (number, structure.dim)
+            return torch.randn(shape, dtype=structure.dtype, device=structure.device)
+        return torch.stack([self.inputs({}, init_to_sample) for _ in range(number)])
 
     def _run(self, u: Tensor, *, density: bool) -> ModelRun:
         recorder = _PushMessenger(self, u, density=density)

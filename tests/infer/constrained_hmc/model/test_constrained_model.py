@@ -492,3 +492,24 @@ def test_sites_that_change_later_are_reported(change: str) -> None:
     name = {"another latent": "late", "no latent": "w", "no output": "y"}[change]
     with pytest.raises(ModelStructureError, match=rf"'{name}'.*torch\.where"):
         built.constraint(torch.zeros(3))
+
+
+@pytest.mark.parametrize("family", ["normal", "gamma"])
+def test_prior_draws(family: str) -> None:
+    """A model of standard normal inputs need not run for them."""
+    runs = 0
+
+    def model() -> None:
+        nonlocal runs
+        runs += 1
+        prior = dist.Normal(3.0, 2.0) if family == "normal" else dist.Gamma(3.0, 2.0)
+        x = pyro.sample("x", prior.expand([40]).to_event(1))
+        pyro.deterministic("y", x.sum())
+
+    inspected = ConstrainedModel(pyro.condition(model, {"y": torch.tensor(1.0)}), (), {})
+    before = runs
+    draws = inspected.prior_draws(20)
+    assert runs == before + (0 if family == "normal" else 20)
+    assert draws.shape == (20, 40)
+    assert draws.mean().abs() < 5 / 800**0.5
+    assert 0.8 < draws.std() < 1.2
