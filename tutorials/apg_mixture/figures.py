@@ -91,7 +91,6 @@ def sweeps_figure(
         for (name, values), colour in zip(log_joint.items(), colours, strict=False):
             left.plot(range(1, len(values) + 1), values.numpy(), color=colour, label=name)
         left.axhline(0, color=BLACK, lw=0.7, ls=":")
-        left.set_yscale("symlog", linthresh=10)
         left.set(xlabel="sweep", title="log joint density, minus that of the truth")
         styles: Sequence[str] = ("-", "--", "-.")
         for (name, values), style in zip(ess.items(), styles, strict=False):
@@ -121,7 +120,6 @@ def budget_figure(num_sweeps: Sequence[int], log_joint: Tensor, budget: int) -> 
         axis.errorbar(list(num_sweeps), mean.numpy(), error.numpy(), **bars)
         axis.axhline(0, color=BLACK, lw=0.7, ls=":")
         axis.set_xscale("log")
-        axis.set_yscale("symlog", linthresh=10)
         axis.set_xticks(list(num_sweeps), [str(k) for k in num_sweeps])
         axis.minorticks_off()
         axis.set(xlabel=f"sweeps K, with {budget} / K particles")
