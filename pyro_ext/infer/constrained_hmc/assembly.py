@@ -37,6 +37,7 @@ __all__ = [
     "can_differentiate_forwards",
     "default_tolerances",
     "guarded_system",
+    "recorded_values",
     "settle",
 ]
 
@@ -246,14 +247,26 @@ def _describe(pattern: Pattern | None) -> str:
     )
 
 
-def _recorded(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+def recorded_values(model: ConstrainedModel, example: Tensor) -> Callable[[Tensor], Any]:
+    """
+    :meth:`.ConstrainedModel.values`, which every draw needs, without running the model.
+
+    :param model: the conditioned model, which can be vectorised.
+    :param Tensor example: an input, ``(dim,)``.
+    """
+    return _recorded(model.values, example, differentiable=False)
+
+
+def _recorded(
+    function: Callable[[Tensor], Any], example: Tensor, *, differentiable: bool = True
+) -> Callable[[Tensor], Any]:
     """A function that runs what it repeats as one; the function itself if that cannot be."""
     with _CheckFinder() as finder:
         function(example)
     if finder.has_check:  # a recording would not raise
         return function
     try:
-        return record(function, example)
+        return record(function, example, differentiable=differentiable)
     except RecordingError:
         return function
 

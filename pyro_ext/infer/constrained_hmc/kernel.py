@@ -21,6 +21,7 @@ from .assembly import (
     assemble,
     default_tolerances,
     guarded_system,
+    recorded_values,
     settle,
 )
 from .dynamics.integrator import IntegratorSettings
@@ -62,6 +63,7 @@ class ConstrainedKernel(VectorizedKernel):
 
     # state of a run, set by setup()
     _model: ConstrainedModel
+    _values: Callable[[Tensor], dict[str, Tensor]]  # of latent sites, at one input
     _system: GuardedSystem
     _tolerances: Tolerances
     _chains: Chains
@@ -278,7 +280,7 @@ class ConstrainedKernel(VectorizedKernel):
         self._warmup_steps = self._num_shown = 0
         self._mean_accept_prob = self._mean_failures = 0.0
         self._is_finished = False
-        for name in ("_model", "_system", "_chains"):
+        for name in ("_model", "_values", "_system", "_chains"):
             self.__dict__.pop(name, None)
 
     def _start(self, model: ConstrainedModel) -> None:
@@ -311,6 +313,8 @@ class ConstrainedKernel(VectorizedKernel):
             check_interval=self.structure_check_interval,
             compile=self.compile,
         )
+        is_vectorized = assembly.system.is_vectorized
+        self._values = recorded_values(model, position[0]) if is_vectorized else model.values
         residual = assembly.system.constraint(position, one).abs().amax(-1)
         self._chains = Chains(
             point=self._system.point(position, one),
@@ -351,11 +355,11 @@ class ConstrainedKernel(VectorizedKernel):
     def _to_params(self, chains: Chains) -> dict[str, Tensor]:
         inputs = chains.point.position * chains.scale
         if self.num_chains is None:
-            return self._model.values(inputs[0])
+            return self._values(inputs[0])
         if not self._system.is_vectorized:
-            rows = [self._model.values(row) for row in inputs]
+            rows = [self._values(row) for row in inputs]
             return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        values: dict[str, Tensor] = vmap(self._model.values)(inputs)
+        values: dict[str, Tensor] = vmap(self._values)(inputs)
         return values
 
     def _show(self, info: TransitionInfo) -> None:

@@ -61,7 +61,9 @@ class RecordedFunction:
         )
 
 
-def record(function: Callable[[Tensor], Any], example: Tensor) -> RecordedFunction:
+def record(
+    function: Callable[[Tensor], Any], example: Tensor, *, differentiable: bool = True
+) -> RecordedFunction:
     r"""
     Record a function and run operations that are alike, and do not need each other, as one.
 
@@ -79,6 +81,7 @@ def record(function: Callable[[Tensor], Any], example: Tensor) -> RecordedFuncti
         operations for every input.
     :param Tensor example: a typical input, of floating point. No element should be zero: the
         check moves each by a few percent of its size.
+    :param bool differentiable: whether to check the derivative; false if none will be taken.
     :returns: the recorded function.
     :raises RecordingError: if the function draws random numbers, turns a tensor that depends on
         the input into a number (a Python branch, ``.item()``, NumPy), writes into its input, has
@@ -104,7 +107,8 @@ def record(function: Callable[[Tensor], Any], example: Tensor) -> RecordedFuncti
     recorded = _recorded(shortest, structure, len(program.operations))
     both = torch.stack([example.detach(), _nearby(example)])
     _compare(vmap(recorded), lambda x: _stacked([function(row) for row in x]), both)
-    _compare(_derivative(recorded), _derivative(function), example.detach())
+    if differentiable:
+        _compare(_derivative(recorded), _derivative(function), example.detach())
     return recorded
 
 
