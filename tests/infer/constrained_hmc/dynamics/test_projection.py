@@ -136,7 +136,7 @@ def test_a_runaway_is_stopped_early() -> None:
     """The iteration is ``u <- -u^3`` here; a residual that grew a thousandfold stays away."""
     problem = Problem(lambda u: u[:1] + u[:1] ** 3, lambda u: u.sum(), 2, 1)
     jacobian = system(problem).jacobian(torch.zeros(2, 2), torch.ones(2))
-    start = torch.tensor([[3.0, 0.0], [0.5, 0.0]])
+    start = torch.tensor([[10.0, 0.0], [0.5, 0.0]])
     tols = tolerances(1, 1e-12, max_iters=1000)
     result = project(problem, quasi_newton, start, jacobian, tols)
     assert result.is_converged.tolist() == [False, True]
