@@ -13,7 +13,7 @@ from pyro_ext import MCMC, ConstrainedHMC
 from tests.statistics import Quadrature, assert_moments, assert_same_mean
 
 OBSERVED = 1.0
-MIN_ESS = 200
+MIN_ESS = 100
 
 
 def model() -> None:
@@ -32,7 +32,7 @@ def vectorized(num_samples: int = 50, warmup_steps: int = 30) -> dict[str, Tenso
     return mcmc.get_samples(group_by_chain=True)
 
 
-def sequential(num_samples: int = 300, warmup_steps: int = 50) -> dict[str, Tensor]:
+def sequential(num_samples: int = 150, warmup_steps: int = 50) -> dict[str, Tensor]:
     mcmc = MCMC(
         kernel(),
         num_samples,

@@ -20,7 +20,7 @@ LOG_MEAN = torch.tensor([-0.898632, -5.289360, -2.924505, -6.891286], dtype=torc
 LOG_SD = torch.tensor([0.020548, 0.018974, 0.055600, 0.040903], dtype=torch.float64)
 
 NUM_CHAINS = 64
-NUM_SAMPLES = 40
+NUM_SAMPLES = 30
 MIN_ESS = 400
 
 
@@ -58,7 +58,7 @@ def check_chains(log_theta: Tensor, mcmc: MCMC) -> None:
     distance = (log_theta.mean(1) - LOG_MEAN).abs() / LOG_SD
     far = (distance.amax(-1) > 3).nonzero().flatten().tolist()
     assert not far, f"chains {far} are {distance.amax(-1)[far].tolist()} posterior sd away"
-    # the spread within every chain, from 40 draws or the equivalent of far fewer
+    # the spread within every chain, from 30 draws or the equivalent of far fewer
     spread = log_theta.std(1) / LOG_SD
     assert spread.min() > 0.3
     assert spread.max() < 3
