@@ -1,14 +1,14 @@
 r"""Broyden's updates, by which an iteration with a fixed inverse Jacobian converges faster.
 
-To solve :math:`f(u) = 0` where the Jacobian of :math:`f` is near the identity, the plain iteration
-steps by :math:`-f(u)`. Broyden's first update corrects the inverse Jacobian by a matrix of rank one
-after every step :math:`s_k`, so that it maps the change of :math:`f` to the step that caused it.
-The products of these corrections need the steps alone (Kelley 1995, section 7.3):
+To solve :math:`f(u) = 0` where the Jacobian of :math:`f` is near the identity, the plain
+iteration steps by :math:`-f(u)`. Broyden's first update corrects the inverse Jacobian by a matrix
+of rank one after every step :math:`s_k`, so that it maps the change of :math:`f` to the step that
+caused it. The products of these corrections need the steps alone (Kelley 1995, section 7.3):
 
 .. math:: \Big(\prod_j \big(I + s_{j+1}s_j^\top/|s_j|^2\big)\Big)(-f(u)).
 
-References: C. G. Broyden, *A class of methods for solving nonlinear simultaneous equations* (1965);
-C. T. Kelley, *Iterative Methods for Linear and Nonlinear Equations* (1995).
+References: C. G. Broyden, *A class of methods for solving nonlinear simultaneous equations*
+(1965); C. T. Kelley, *Iterative Methods for Linear and Nonlinear Equations* (1995).
 """
 
 from __future__ import annotations
