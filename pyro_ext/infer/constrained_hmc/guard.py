@@ -72,6 +72,12 @@ class GuardedSystem:
         """See :meth:`.ConstrainedSystem.constraint`."""
         return self._current.constraint(position, scale)
 
+    def correction(
+        self, position: Tensor, scale: Tensor, jacobian: Jacobian
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`.ConstrainedSystem.correction`."""
+        return self._current.correction(position, scale, jacobian)
+
     def slopes(self, position: Tensor, scale: Tensor) -> Any:
         """See :meth:`.ConstrainedSystem.slopes`."""
         return self._current.slopes(position, scale)

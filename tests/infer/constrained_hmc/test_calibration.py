@@ -46,6 +46,12 @@ class Replications:
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
         return self._system.constraint(position, scale) - self._y
 
+    def correction(
+        self, position: Tensor, scale: Tensor, jacobian: DenseJacobian
+    ) -> tuple[Tensor, Tensor]:
+        residual = self.constraint(position, scale)
+        return residual, jacobian.minimum_norm(residual)
+
     def jacobian(self, position: Tensor, scale: Tensor) -> DenseJacobian:
         return self._system.jacobian(position, scale)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..jacobian.structure import Jacobian, LinAlgError
 from ..system.chainwise import join_chains, select_chains, split_chains, take_chains
 from ..system.constrained_system import Point, System, project_momentum
-from .projection import Projection, Projector, Tolerances
+from .projection import Equations, Projection, Projector, Tolerances
 from .status import Status
 
 __all__ = ["IntegratorSettings", "PhaseState", "StepInfo", "leapfrog_step"]
@@ -148,16 +148,19 @@ def _project(
     def constraint(position: Tensor) -> Tensor:
         return system.constraint(position, scale)
 
+    def correction(position: Tensor, jacobian: Jacobian) -> tuple[Tensor, Tensor]:
+        return system.correction(position, scale, jacobian)
+
     def slopes(position: Tensor) -> Any:
         return system.slopes(position, scale)
 
-    functions = (constraint, slopes)
-    result = settings.projector(*functions, start, jacobian, settings.tolerances)
+    equations = Equations(constraint, correction, slopes)
+    result = settings.projector(equations, start, jacobian, settings.tolerances)
     failed = ((status == Status.CONVERGED) & ~result.is_converged).nonzero().squeeze(-1)
     if settings.fallback is None or len(failed) == 0:
         return result
     subset = take_chains(jacobian, failed)
-    retry = settings.fallback(*functions, start[failed], subset, settings.tolerances)
+    retry = settings.fallback(equations, start[failed], subset, settings.tolerances)
     return Projection(
         position=result.position.index_copy(0, failed, retry.position),
         residual=result.residual.index_copy(0, failed, retry.residual),

@@ -19,9 +19,9 @@ from .broyden import Steps, broyden_step
 
 __all__ = [
     "BatchFunction",
+    "Equations",
     "Projection",
     "Projector",
-    "Slopes",
     "Tolerances",
     "hybrid",
     "newton",
@@ -29,13 +29,25 @@ __all__ = [
 ]
 
 BatchFunction = Callable[[Tensor], Tensor]
-Slopes = Callable[[Tensor], Any]
 # Entries of a Jacobian that is worth making a matrix of, chain by chain.
 _LARGEST_MATRIX = 10**6
 # A residual this many times the first one means that the iteration runs away.
 _RUNAWAY = 1e3
 # Iterations in which the residual should at least halve once.
 _STALLED_AFTER = 10
+
+
+class Equations(NamedTuple):
+    """What there is to solve, for a batch of positions."""
+
+    constraint: BatchFunction
+    """Residuals, ``(chains, num_constraints)``."""
+
+    correction: Callable[[Tensor, Jacobian], tuple[Tensor, Tensor]]
+    """Residuals, and the shortest step by which a linear constraint would meet them."""
+
+    slopes: Callable[[Tensor], Any]
+    """Jacobians, as :meth:`.Jacobian.newton_step` takes them."""
 
 
 class Tolerances(NamedTuple):
@@ -63,12 +75,11 @@ class Projection(NamedTuple):
     is_converged: Tensor  # (chains,) bool
 
 
-Projector = Callable[[BatchFunction, Slopes, Tensor, Jacobian, Tolerances], Projection]
+Projector = Callable[[Equations, Tensor, Jacobian, Tolerances], Projection]
 
 
 def quasi_newton(
-    constraint: BatchFunction,
-    slopes: Slopes,
+    equations: Equations,
     start: Tensor,
     jacobian: Jacobian,
     tolerances: Tolerances,
@@ -82,23 +93,20 @@ def quasi_newton(
     on, Broyden's updates learn from the steps so far how the Jacobian has changed, which costs a
     few scalar products and saves four iterations out of ten on a typical simulator.
 
-    :param constraint: batched constraint.
-    :param slopes: batched Jacobian, as :meth:`.Jacobian.newton_step` takes it; unused by this
-        method.
+    :param equations: the constraint.
     :param Tensor start: points to project, ``(chains, dim)``.
     :param jacobian: factorised Jacobian at the points the step started from.
     :param tolerances: when to stop.
     """
 
-    def update(position: Tensor, residual: Tensor) -> Tensor:
-        return jacobian.minimum_norm(residual)
+    def correction(position: Tensor) -> tuple[Tensor, Tensor]:
+        return equations.correction(position, jacobian)
 
-    return _iterate(constraint, update, start, tolerances, learns=True)
+    return _iterate(correction, start, tolerances, learns=True)
 
 
 def newton(
-    constraint: BatchFunction,
-    slopes: Slopes,
+    equations: Equations,
     start: Tensor,
     jacobian: Jacobian,
     tolerances: Tolerances,
@@ -110,21 +118,21 @@ def newton(
     worth it where the constraint curves strongly within one step. Arguments as there.
     """
 
-    def update(position: Tensor, residual: Tensor) -> Tensor:
-        return jacobian.newton_step(slopes(position), residual)
+    def correction(position: Tensor) -> tuple[Tensor, Tensor]:
+        residual = equations.constraint(position)
+        return residual, jacobian.newton_step(equations.slopes(position), residual)
 
-    return _iterate(constraint, update, start, tolerances)
+    return _iterate(correction, start, tolerances)
 
 
 def _iterate(
-    constraint: BatchFunction,
-    update: Callable[[Tensor, Tensor], Tensor],
+    correction: Callable[[Tensor], tuple[Tensor, Tensor]],
     start: Tensor,
     tolerances: Tolerances,
     *,
     learns: bool = False,
 ) -> Projection:
-    """Subtract updates until they are small; ``learns`` adds those of Broyden."""
+    """Subtract corrections until they are small; ``learns`` adds Broyden's updates."""
     position = start
     history = Steps()
     is_active = torch.ones(len(start), dtype=torch.bool, device=start.device)
@@ -133,8 +141,7 @@ def _iterate(
     largest = torch.full_like(start[:, 0], torch.inf)
     first_error, best_error, best_at = largest, largest, torch.zeros_like(iterations)
     for i in range(tolerances.max_iters + 1):
-        residual = constraint(position)
-        delta = update(position, residual)
+        residual, delta = correction(position)
         error = (residual.abs() / tolerances.constraint).amax(-1)
         first_error = error if i == 0 else first_error
         is_better = error <= 0.5 * best_error
@@ -158,8 +165,7 @@ def _iterate(
 
 
 def hybrid(
-    constraint: BatchFunction,
-    slopes: Slopes,
+    equations: Equations,
     start: Tensor,
     jacobian: Jacobian,
     tolerances: Tolerances,
@@ -172,19 +178,18 @@ def hybrid(
     be too large it is :func:`newton`. Arguments as in :func:`quasi_newton`.
     """
     if start.shape[-1] * len(tolerances.constraint) > _LARGEST_MATRIX:
-        return newton(constraint, slopes, start, jacobian, tolerances)
+        return newton(equations, start, jacobian, tolerances)
 
     def matrix(position: Tensor) -> Tensor:
-        return jacobian.dense_slopes(slopes(position))
+        return jacobian.dense_slopes(equations.slopes(position))
 
     results = [
-        _hybrid_single(constraint, matrix, point, own, tolerances)
+        _hybrid_single(equations.constraint, matrix, point, own, tolerances)
         for point, own in zip(start, jacobian.dense(), strict=True)
     ]
     position = torch.stack([result[0] for result in results])
-    residual = constraint(position)
     # an update from the old Gram matrix, to judge the error in the units of the inputs
-    delta = jacobian.minimum_norm(residual)
+    residual, delta = equations.correction(position, jacobian)
     is_converged = (residual.abs() <= tolerances.constraint).all(-1)
     is_converged &= delta.abs().amax(-1) <= tolerances.position
     iterations = torch.tensor([result[1] for result in results], device=start.device)

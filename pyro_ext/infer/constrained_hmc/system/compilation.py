@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from ....ops.compilation import validation_kept
 from ....ops.recording import RecordingError, flatten
@@ -45,6 +45,13 @@ class RecordedSystem:
         value: Tensor = self._call("constraint", position, scale)
         return value
 
+    def correction(
+        self, position: Tensor, scale: Tensor, jacobian: Jacobian
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`ConstrainedSystem.correction`."""
+        value: tuple[Tensor, Tensor] = self._call("correction", position, scale, jacobian)
+        return value
+
     def slopes(self, position: Tensor, scale: Tensor) -> Any:
         """See :meth:`ConstrainedSystem.slopes`."""
         return self._call("slopes", position, scale)
@@ -64,7 +71,7 @@ class RecordedSystem:
         value: Tensor = self._call("product", position, vector, scale)
         return value
 
-    def _call(self, name: str, *arguments: Tensor) -> Any:
+    def _call(self, name: str, *arguments: Any) -> Any:
         function = getattr(self._system, name)
         if len(arguments[0]) != self._num_chains:
             return function(*arguments)
@@ -76,29 +83,52 @@ class RecordedSystem:
 
 
 def _record(
-    function: BatchedFunction, examples: tuple[Tensor, ...], *, compile: bool
+    function: BatchedFunction, arguments: tuple[Any, ...], *, compile: bool
 ) -> BatchedFunction:
-    leaves, spec = tree_flatten(function(*examples))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    # what is no tensor is the same in every call
+    leaves, taken = _Template.of(arguments)
+    _, given = _Template.of(function(*arguments))
 
-    def tensors(*arguments: Tensor) -> list[Tensor]:
-        parts = tree_flatten(function(*arguments))[0]
-        return [parts[i] for i in places]
+    def tensors(*inputs: Tensor) -> list[Tensor]:
+        return _Template.of(function(*taken.filled(inputs)))[0]
 
     run: Callable[..., list[Tensor]] = tensors
     try:
-        run = flatten(tensors, *examples)
+        run = flatten(tensors, *leaves)
     except RecordingError:
-        run = make_fx(tensors)(*examples) if compile else tensors
+        run = make_fx(tensors)(*leaves) if compile else tensors
     if compile:
         with validation_kept():
             run = torch.compile(run, dynamic=False)
-            run(*examples)
+            run(*leaves)
 
-    def call(*arguments: Tensor) -> Any:
-        results = list(leaves)  # what is no tensor is the same at every position
-        for place, value in zip(places, run(*arguments), strict=True):
-            results[place] = value
-        return tree_unflatten(results, spec)
+    def call(*arguments: Any) -> Any:
+        return given.filled(run(*_tensors(arguments)))
 
     return call
+
+
+class _Template(NamedTuple):
+    """A nest with tensors taken out."""
+
+    leaves: list[Any]
+    places: list[int]
+    spec: TreeSpec
+
+    @staticmethod
+    def of(nest: Any) -> tuple[list[Tensor], _Template]:
+        """The tensors, and what is left."""
+        leaves, spec = tree_flatten(nest)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        return [leaves[i] for i in places], _Template(leaves, places, spec)
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        """The nest with other tensors."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self.spec)
+
+
+def _tensors(nest: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]

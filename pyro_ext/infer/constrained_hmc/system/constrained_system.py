@@ -48,6 +48,11 @@ class System(Protocol):
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
         """Residuals of the constraint."""
 
+    def correction(
+        self, position: Tensor, scale: Tensor, jacobian: Jacobian
+    ) -> tuple[Tensor, Tensor]:
+        """Residuals of the constraint, and the shortest step by which they change so much."""
+
     def slopes(self, position: Tensor, scale: Tensor) -> Any:
         """Jacobian of the constraint, for a step from another one."""
 
@@ -109,6 +114,17 @@ class ConstrainedSystem:
         :returns: shape ``(chains, num_constraints)``.
         """
         return self._constraint(position * scale)
+
+    def correction(
+        self, position: Tensor, scale: Tensor, jacobian: Jacobian
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Residuals :math:`c`, and the shortest :math:`v` with :math:`Jv = c`.
+
+        :param jacobian: factorised Jacobians at other points.
+        """
+        residual = self.constraint(position, scale)
+        return residual, jacobian.minimum_norm(residual)
 
     def derivatives(self, inputs: Tensor) -> Tensor:
         """What :attr:`structure` reads Jacobians from, at ``(chains, dim)`` inputs ``u``."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pyro_ext.infer.constrained_hmc.dynamics import projection
 from pyro_ext.infer.constrained_hmc.dynamics.projection import (
+    Equations,
     Projection,
     Projector,
     Tolerances,
@@ -27,9 +28,13 @@ def project(
 ) -> Projection:
     one = torch.ones(problem.dim, dtype=start.dtype)
     batched = system(problem)
-    return solver(
+    equations = Equations(
         lambda q: batched.constraint(q, one),
+        lambda q, jacobian: batched.correction(q, one, jacobian),
         lambda q: batched.slopes(q, one),
+    )
+    return solver(
+        equations,
         start,
         jacobian,
         tols,

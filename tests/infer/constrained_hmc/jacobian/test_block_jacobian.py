@@ -12,6 +12,7 @@ from pyro_ext.infer.constrained_hmc.dynamics.integrator import (
     leapfrog_step,
 )
 from pyro_ext.infer.constrained_hmc.dynamics.projection import (
+    Equations,
     Projector,
     hybrid,
     newton,
@@ -120,8 +121,11 @@ def test_every_projection_finds_the_same_point(projector: Projector) -> None:
     u = torch.randn(2, problem.dim)
     results = [
         projector(
-            lambda q, s=system: s.constraint(q, one),  # type: ignore[misc]
-            lambda q, s=system: s.slopes(q, one),  # type: ignore[misc]
+            Equations(
+                lambda q, s=system: s.constraint(q, one),  # type: ignore[misc]
+                lambda q, jacobian, s=system: s.correction(q, one, jacobian),  # type: ignore[misc]
+                lambda q, s=system: s.slopes(q, one),  # type: ignore[misc]
+            ),
             u,
             system.jacobian(u, one),
             tolerances(problem.num_constraints, 1e-12),
