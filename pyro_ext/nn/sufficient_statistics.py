@@ -130,7 +130,6 @@ class SoftMoments(nn.Module):
         if mask is not None:
             gamma = gamma * mask.unsqueeze(-1)
         values = self.values(features)
-        gamma = gamma.transpose(-1, -2)
-        first, second = gamma @ values, gamma @ values.square()
-        number = gamma.sum(-1, keepdim=True).expand(first.shape)
-        return torch.stack([number, first, second], -1)
+        powers = torch.cat([torch.ones_like(values), values, values.square()], -1)
+        sums = gamma.transpose(-1, -2) @ powers
+        return sums.unflatten(-1, (3, -1)).transpose(-1, -2)

@@ -75,21 +75,28 @@ def _invert(log_weights: Tensor, uniform: Tensor) -> Tensor:
     return ancestors.movedim(-1, 0)
 
 
-def take_particles(value: Tensor, ancestors: Tensor) -> Tensor:
+def take_particles(ancestors: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """
-    Give every particle the value of its ancestor.
+    Give every particle the values of its ancestor.
 
-    :param Tensor value: shape ``(particles, *batch, ...)``.
-    :param Tensor ancestors: shape ``(particles, *batch)``.
-    :returns: of the shape of ``value``, but with as many particles as there are ancestors.
+    :param Tensor ancestors: shape ``(new particles, *batch)``.
+    :param values: each of shape ``(particles, *batch, ...)``.
+    :returns: the values of the new particles, each of shape ``(new particles, *batch, ...)``.
     """
     batch_shape = ancestors.shape[1:]
     num_columns = math.prod(batch_shape)
     columns = torch.arange(num_columns, device=ancestors.device).reshape(batch_shape)
     rows = (ancestors * num_columns + columns).reshape(-1)
-    flat = value.reshape(-1, *value.shape[ancestors.dim() :])
-    taken = flat.index_select(0, rows)
-    return taken.reshape(ancestors.shape + value.shape[ancestors.dim() :])
+
+    def take(value: Tensor) -> Tensor:
+        own_shape = value.shape[ancestors.dim() :]
+        return (
+            value.reshape(-1, *own_shape)
+            .index_select(0, rows)
+            .reshape(ancestors.shape + own_shape)
+        )
+
+    return tuple(take(value) for value in values)
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:

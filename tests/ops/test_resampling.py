@@ -54,11 +54,12 @@ def test_one_particle_with_all_weight_is_the_only_ancestor(name: str) -> None:
 
 @pytest.mark.parametrize("batch", [(), (3,), (3, 2)], ids=str)
 def test_values_follow_their_ancestors(batch: tuple[int, ...]) -> None:
-    value = torch.randn(5, *batch, 4, 2)
-    ancestors = torch.randint(0, 5, (5, *batch))
-    taken = take_particles(value, ancestors)
+    value, other = torch.randn(5, *batch, 4, 2), torch.randn(5, *batch)
+    ancestors = torch.randint(0, 5, (7, *batch))
+    taken, other_taken = take_particles(ancestors, value, other)
     index = ancestors.reshape(*ancestors.shape, 1, 1).expand(taken.shape)
     assert torch.equal(taken, value.gather(0, index))
+    assert torch.equal(other_taken, other.gather(0, ancestors))
 
 
 def test_effective_sample_size_is_between_one_and_all() -> None:

@@ -135,11 +135,15 @@ def resample(particles: Particles, resampler: Resampler) -> Particles:
     """
     ancestors = resampler(particles.log_weights, len(particles.log_weights))
     mean = log_mean_exp(particles.log_weights)
+    latents, local = particles.latents, particles.local_log_joint
+    log_joint, *values = take_particles(
+        ancestors, particles.log_joint, *latents.values(), *local.values()
+    )
     return Particles(
-        {name: take_particles(v, ancestors) for name, v in particles.latents.items()},
+        dict(zip(latents, values[: len(latents)], strict=True)),
         mean.expand(particles.log_weights.shape),
-        take_particles(particles.log_joint, ancestors),
-        {k: take_particles(v, ancestors) for k, v in particles.local_log_joint.items()},
+        log_joint,
+        dict(zip(local, values[len(latents) :], strict=True)),
     )
 
 
@@ -315,14 +319,12 @@ def _log_prob(
 
 def _drop_invalid(log_weights: Tensor) -> Tensor:
     """Particles whose weight is not a number, or infinite, count for nothing."""
-    invalid = log_weights.isnan() | (log_weights == torch.inf)
-    return log_weights.masked_fill(invalid, -torch.inf)
+    return log_weights.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def _add(log_weights: Tensor, increments: Tensor) -> Tensor:
-    # a particle of weight zero keeps it: its density was zero, so that its increment means nothing
-    dead = log_weights == -torch.inf
-    return _drop_invalid((log_weights + increments).masked_fill(dead, -torch.inf))
+    # A particle of weight zero keeps it, whatever its increment: -inf + inf is NaN.
+    return _drop_invalid(log_weights + increments)
 
 
 def _check_sites(recorder: Recorder, sites: tuple[str, ...], who: str) -> None:

@@ -102,7 +102,8 @@ class WeightedSamples(NamedTuple):
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be positive.")
         ancestors = RESAMPLERS[method](self.log_weights, num_samples)
-        return {name: take_particles(v, ancestors) for name, v in self.samples.items()}
+        values = take_particles(ancestors, *self.samples.values())
+        return dict(zip(self.samples, values, strict=True))
 
     def to_arviz(self, num_samples: int | None = None) -> Any:
         """
