@@ -322,6 +322,29 @@ def test_the_step_size_is_frozen_after_warm_up() -> None:
     assert len(set(sizes[5:])) == 1
 
 
+def test_draws_do_not_run_the_model() -> None:
+    runs = 0
+
+    def model() -> None:
+        nonlocal runs
+        runs += 1
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        x = pyro.sample("x", dist.Normal(0.0, scale).expand([3]).to_event(1))
+        pyro.deterministic("y", x.sum())
+
+    kernel = ConstrainedHMC(pyro.condition(model, {"y": torch.tensor(1.0)}))
+    kernel.num_chains = 4
+    kernel.setup(3)
+    before = runs
+    draws = [kernel.sample({}) for _ in range(6)]
+    assert runs == before
+    assert not torch.equal(draws[0]["x"], draws[-1]["x"])
+    inputs = kernel._chains.point.position * kernel._chains.scale
+    for chain, u in enumerate(inputs):
+        for name, value in kernel._model.values(u).items():
+            torch.testing.assert_close(draws[-1][name][chain], value)
+
+
 def anisotropic() -> None:
     z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
     # the data pin the second input down

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ....ops.recording import RecordedFunction, RecordingError, record
 from ..jacobian.block_structure import BlockStructure
-from ..jacobian.partition import find_splits
+from ..jacobian.partition import Split, find_splits
 from ..jacobian.sparsity import Pattern
 from ..jacobian.structure import DenseStructure, Structure, is_small, projection_error
 from ..jacobian.triangle import find_triangles
@@ -172,25 +173,31 @@ def choose_dense(
 
 def _block_structures(
     pattern: Pattern, points: Tensor, jacobian_mode: str, load: Workload, num_chains: int
-) -> list[BlockStructure]:
+) -> Iterator[BlockStructure]:
     """Structures with local blocks, those first that seem cheapest."""
     modes = ("forward", "reverse", "mixed") if jacobian_mode == "auto" else (jacobian_mode,)
-    estimates: dict[BlockStructure, float] = {}
-    for split in find_splits(pattern)[:_MOST_SPLITS]:
-        if split.num_blocks == 1 and split.num_global == 0:
-            continue  # the Jacobian as it is
-        least = estimated_cost(load, 0, 0, split.operations, num_chains)
-        if least > min(estimates.values(), default=math.inf):
-            break  # others take even more multiplications
-        for mode in modes:
-            structure = BlockStructure(
-                pattern, split, mode, dtype=points.dtype, device=points.device
-            )
-            products = structure.compression
-            numbers = len(products.forward_seeds), len(products.reverse_seeds)
-            estimate = estimated_cost(load, *numbers, split.operations, num_chains)
-            estimates[structure] = estimate
-    return sorted(estimates, key=estimates.__getitem__)
+    shape = (pattern.num_rows, pattern.num_columns)
+    # of large Jacobians even the index tensors of what is hardly better than dense are too large
+    limit = math.inf if is_small(shape) else least_dense_cost(load, shape, num_chains)
+    candidates = [
+        (split, mode, _estimate(pattern, split, mode, load, num_chains))
+        for split in find_splits(pattern)[:_MOST_SPLITS]
+        if split.num_blocks > 1 or split.num_global > 0  # else it is the Jacobian as it is
+        for mode in modes
+    ]
+    for split, mode, estimate in sorted(candidates, key=lambda candidate: candidate[2]):
+        if estimate < limit:
+            yield BlockStructure(pattern, split, mode, dtype=points.dtype, device=points.device)
+
+
+def _estimate(pattern: Pattern, split: Split, mode: str, load: Workload, num_chains: int) -> float:
+    """Cost with as few products as there can be: columns of one row take one each, and so on."""
+    is_local = (split.column_blocks >= 0)[pattern.columns]
+    most = {"forward": (True, False), "reverse": (False, True), "mixed": (~is_local, is_local)}
+    is_forward, is_reverse = (np.broadcast_to(each, is_local.shape) for each in most[mode])
+    num_forward = np.bincount(pattern.rows[is_forward], minlength=1).max()
+    num_reverse = np.bincount(pattern.columns[is_reverse], minlength=1).max()
+    return estimated_cost(load, int(num_forward), int(num_reverse), split.operations, num_chains)
 
 
 def _triangular_structures(

@@ -14,6 +14,7 @@ from pyro_ext.infer.constrained_hmc.assembly import build_system
 from pyro_ext.infer.constrained_hmc.model.constrained_model import ConstrainedModel
 from pyro_ext.infer.constrained_hmc.system.compilation import RecordedSystem
 from pyro_ext.infer.constrained_hmc.system.constrained_system import ConstrainedSystem
+from tests.infer.constrained_hmc.block_problems import block_problem, structure_of
 
 CHAINS = 3
 
@@ -64,6 +65,31 @@ def test_other_numbers_of_chains_run_uncompiled(system: ConstrainedSystem) -> No
         actual = compiled.constraint(position, scale)
     assert not compiled._recorded
     torch.testing.assert_close(actual, system.constraint(position, scale), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("has_blocks", [False, True], ids=["dense", "blocks"])
+def test_recorded_functions_are_those_of_the_system(has_blocks: bool) -> None:
+    """Whatever they take and return: Jacobians are nests of tensors and of their structure."""
+    problem = block_problem([(2, 1), (1, 0), (3, 2)], 2, 1, 7)
+    structure = structure_of(problem) if has_blocks else None
+    system = ConstrainedSystem(problem.constraint, problem.potential, structure=structure)
+    recorded = RecordedSystem(system, CHAINS, compile=False)
+    scale = torch.rand(problem.dim) + 0.5
+    position, other = torch.randn(2, CHAINS, problem.dim)
+    jacobian = recorded.jacobian(position, scale)
+    for _ in range(2):  # once recording, once recorded
+        for ours, theirs in zip(
+            recorded.correction(other, scale, jacobian),
+            system.correction(other, scale, system.jacobian(position, scale)),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+        slopes = recorded.slopes(other, scale)
+        expected = system.jacobian_matrix(other, scale)
+        torch.testing.assert_close(jacobian.dense_slopes(slopes), expected)
+        position, other = other, position
+        jacobian = recorded.jacobian(position, scale)
+    assert set(recorded._recorded) == {"jacobian", "correction", "slopes"}
 
 
 def _residual(samples: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -93,10 +94,19 @@ def test_of_many_outputs_no_dense_jacobian_is_ever_made(monkeypatch: pytest.Monk
     monkeypatch.setattr(detection, "choose_dense", refuse)
     monkeypatch.setattr(DenseStructure, "derivatives", refuse)
     monkeypatch.setattr(BlockStructure, "matrix", refuse)
+    modes = []
+
+    class Spy(BlockStructure):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            modes.append(args[2])
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(detection, "BlockStructure", Spy)
     pattern = find_pattern(constraint, points, most_products=100)
     choice = choose_structure(system, pattern, points, CHAINS, kind="auto", jacobian_mode="auto")
     assert choice is not None
     assert choice.report.startswith("3000 local blocks of up to 1 x 1, 2 global inputs")
+    assert sorted(modes) == ["forward", "mixed"], "in reverse it takes a product per output"
 
 
 def test_large_dense_jacobians_are_neither_counted_nor_recorded() -> None:
