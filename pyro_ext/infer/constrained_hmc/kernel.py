@@ -354,6 +354,9 @@ class ConstrainedKernel(VectorizedKernel):
 
     def _to_params(self, chains: Chains) -> dict[str, Tensor]:
         inputs = chains.point.position * chains.scale
+        if chains.iteration & (chains.iteration - 1) == 0:  # 0, 1, 2, 4, 8, ...
+            # a recording would not notice that the model has other sites by now; the model does
+            self._model.values(inputs[0])
         if self.num_chains is None:
             return self._values(inputs[0])
         if not self._system.is_vectorized:

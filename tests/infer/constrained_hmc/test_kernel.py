@@ -322,7 +322,8 @@ def test_the_step_size_is_frozen_after_warm_up() -> None:
     assert len(set(sizes[5:])) == 1
 
 
-def test_draws_do_not_run_the_model() -> None:
+def test_draws_hardly_run_the_model() -> None:
+    """Only now and then, to see whether it still has the same sites."""
     runs = 0
 
     def model() -> None:
@@ -336,8 +337,8 @@ def test_draws_do_not_run_the_model() -> None:
     kernel.num_chains = 4
     kernel.setup(3)
     before = runs
-    draws = [kernel.sample({}) for _ in range(6)]
-    assert runs == before
+    draws = [kernel.sample({}) for _ in range(20)]
+    assert runs == before + 5  # after draws 1, 2, 4, 8 and 16
     assert not torch.equal(draws[0]["x"], draws[-1]["x"])
     inputs = kernel._chains.point.position * kernel._chains.scale
     for chain, u in enumerate(inputs):

@@ -269,9 +269,9 @@ def test_rank_lost_on_the_way_is_a_divergence() -> None:
         def __init__(self, inner: System) -> None:
             self._inner = inner
 
-        def __getattr__(self, name: str) -> Callable[[Tensor, Tensor], object]:
-            def method(position: Tensor, scale: Tensor) -> object:
-                value = getattr(self._inner, name)(position, scale)
+        def __getattr__(self, name: str) -> Callable[..., object]:
+            def method(position: Tensor, *others: object) -> object:
+                value = getattr(self._inner, name)(position, *others)
                 if name != "point":
                     return value
                 lost = position[:, 0] < 0.999
