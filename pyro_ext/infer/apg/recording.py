@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -37,17 +40,27 @@ class Recorder(Messenger):
     wake-phase are those of densities, never of samples (Wu et al. 2020, section 2.1).
 
     :param values: values of latent sites by name.
+    :param particles: the plate of the particles, around all that the program does. It is a frame
+        that is added to every site, as entering a ``pyro.plate`` costs more than many a site.
     """
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, values: Mapping[str, Tensor], particles: CondIndepStackFrame | None = None
+    ) -> None:
         super().__init__()
         self.values = values
+        self.particles = particles
         self.sites: dict[str, RecordedSite] = {}
         self.parameters: dict[str, Tensor] = {}
         self.subsampled: dict[str, tuple[int, int]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["value"] is not None or is_subsample(msg):
+        if is_subsample(msg):
+            return
+        if self.particles is not None:
+            msg["cond_indep_stack"] = (self.particles, *msg["cond_indep_stack"])
+            BroadcastMessenger._pyro_sample(msg)
+        if msg["is_observed"] or msg["value"] is not None:
             return
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
@@ -99,15 +112,15 @@ def run(
     :param int plate_nesting: number of batch dimensions that are the program's own.
     :raises ValueError: if a plate is empty.
     """
-    recorder = Recorder(values)
+    frame = None
+    validation: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if num_particles is not None:
+        frame = CondIndepStackFrame(PARTICLES, -plate_nesting - 1, num_particles, 0)
+        validation = pyro.validation_enabled(False)
+    recorder = Recorder(values, frame)
     try:
-        if num_particles is None:
-            with recorder:
-                program(*args, **kwargs)
-        else:
-            plate = pyro.plate(PARTICLES, num_particles, dim=-plate_nesting - 1)
-            with pyro.validation_enabled(False), recorder, plate:
-                program(*args, **kwargs)
+        with validation, recorder:
+            program(*args, **kwargs)
     except ZeroDivisionError as error:
         if "size cannot be zero" not in str(error):
             raise
