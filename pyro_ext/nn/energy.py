@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .block import Activation, ResidualBlock, check_settings
+from .fourier import waves
 
 __all__ = ["EnergyNetwork"]
 
@@ -20,11 +20,12 @@ class EnergyNetwork(nn.Module):
     A residual network reads the number and the vector next to each other, and its output
     :math:`o` is bent into :math:`(-B, 0)` by
 
-    .. math:: u = -B \, (1 - e^{-s / B}), \qquad s = \log(1 + e^{o}),
+    .. math:: u = \tfrac{B}{2} \left(\tanh(2 o / B) - 1\right).
 
-    which is the softplus of Nash and Durkan (2019, section 3.1) as long as it is small against
-    the bound :math:`B`. So :math:`e^u` is at most one and never less than :math:`e^{-B}`: no
-    ratio of two values is beyond :math:`e^B`, whatever the weights.
+    So :math:`e^u` is at most one and never less than :math:`e^{-B}`: no ratio of two values is
+    beyond :math:`e^B`, whatever the weights. Nash and Durkan (2019, section 3.1) take the
+    negative softplus, which has no lower bound, and no slope left where u is close to zero: where
+    the density is highest, it is hard to raise. This one has slope 1 in the middle.
 
     The part of the first layer that reads the vector is computed once per vector, not once per
     number. At the start the output varies little.
@@ -32,6 +33,7 @@ class EnergyNetwork(nn.Module):
     :param int context_features: size of the vector.
     :param int hidden_features: size of the hidden layers.
     :param int residual_blocks: number of blocks, each of two layers.
+    :param int frequencies: of sines and cosines of the number that are read next to it.
     :param float bound: B.
     :param activation: function applied before each layer of a block.
     :param float dropout: probability of dropping an input of the second layer of a block.
@@ -53,6 +55,7 @@ class EnergyNetwork(nn.Module):
         hidden_features: int = 128,
         *,
         residual_blocks: int = 4,
+        frequencies: int = 0,
         bound: float = 20.0,
         activation: Activation = torch.relu,
         dropout: float = 0.0,
@@ -63,13 +66,14 @@ class EnergyNetwork(nn.Module):
             context_features=(context_features, 1),
             hidden_features=(hidden_features, 1),
             residual_blocks=(residual_blocks, 0),
+            frequencies=(frequencies, 0),
         )
         if not 0.0 < bound < math.inf:
             raise ValueError(f"bound must be a positive number, got {bound!r}")
         self.context_features, self.bound = context_features, bound
-        self.initial = nn.Linear(1, hidden_features, bias=False)
+        self.frequencies = frequencies
+        self.initial = nn.Linear(1 + 2 * frequencies, hidden_features, bias=False)
         self.initial_context = nn.Linear(context_features, hidden_features)
-        self._spread_kinks()
         self.blocks = nn.ModuleList(
             ResidualBlock(
                 (
@@ -87,18 +91,6 @@ class EnergyNetwork(nn.Module):
             self.output.weight.mul_(0.1)
             self.output.bias.zero_()
 
-    def _spread_kinks(self) -> None:
-        """
-        Let the first layer's units change sign all over the range of standardised data.
-
-        As linear layers start, they would all do so where the vector puts it, with small slopes
-        in x; then it takes long to learn what varies fast.
-        """
-        with torch.no_grad():
-            kinks = torch.empty_like(self.initial_context.bias).uniform_(-3.0, 3.0)
-            self.initial.weight.copy_(torch.randn_like(self.initial.weight))
-            self.initial_context.bias.copy_(-kinks * self.initial.weight.squeeze(-1))
-
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """
         Evaluate the network.
@@ -108,8 +100,10 @@ class EnergyNetwork(nn.Module):
             broadcast against those of ``x``.
         :returns: negative energies, shape ``(...)``.
         """
-        hidden = self.initial(x.unsqueeze(-1)) + self.initial_context(context)
+        hidden = self.initial(waves(x.unsqueeze(-1), self.frequencies)) + self.initial_context(
+            context
+        )
         for block in self.blocks:
             hidden = block(hidden)
-        softplus = F.softplus(self.output(hidden).squeeze(-1))
-        return self.bound * torch.expm1(-softplus / self.bound)
+        output = self.output(hidden).squeeze(-1)
+        return 0.5 * self.bound * (torch.tanh(output * (2.0 / self.bound)) - 1.0)

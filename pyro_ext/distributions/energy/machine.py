@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Uniform, constraints
-from torch.utils.checkpoint import checkpoint
 
-from ...errors import NormalizerWarning
 from ...nn import EnergyNetwork, ResMADE
-from ...ops.quadrature import halve, log_trapezoid
+from ...nn.fourier import MaskedFourierLinear
 from ..flow import check_precision
 from ..transforms import Standardize
 from . import sampler
 from .conditionals import Conditionals
 from .distribution import EnergyMachineDistribution
 from .monitor import NormalizerMonitor
-from .normalizers import data_estimate, estimate, quadrature
+from .normalizers import data_estimate, estimate, exact_log_normalizer
 from .proposals import DefensiveMixture, FixedProposal, Proposal, UniformProposal
 from .settings import Evaluation, box_of, check_at_least, check_proposal
 
 __all__ = ["AutoregressiveEnergyMachine"]
 
 _ROWS_AT_ONCE = 4096
-_GRIDS_WITH_GRADIENT = 32
 
 
 class AutoregressiveEnergyMachine(nn.Module):
@@ -65,6 +61,8 @@ class AutoregressiveEnergyMachine(nn.Module):
     :param int residual_blocks: blocks of each of the two networks.
     :param int energy_hidden_features: size of the hidden layers of the energy network.
     :param int energy_context: size of :math:`\gamma`.
+    :param int frequencies: of sines and cosines that the networks read next to each number, so
+        that they learn what varies fast; 0 for none, as in the paper.
     :param proposal: "gaussian_mixture"; or a distribution of one number that is not trained,
         with ``icdf``: the same for all features, or a ``Uniform`` whose ends have shape
         ``(features,)``, which is the box that the data are in.
@@ -78,7 +76,7 @@ class AutoregressiveEnergyMachine(nn.Module):
     :param num_gradient_samples: how many of them, drawn by their weights, the gradient of the
         training loss is computed from; ``None`` for all, which is also done with dropout.
     :param int num_evaluation_samples: draws for a conditional in ``log_prob`` otherwise.
-    :param int warmup_steps: training steps in which only the proposal is trained.
+    :param int warmup_steps: training steps in which only the proposal is trained, if it is.
     :param int monitor_every: training steps between comparisons with quadrature, 0 for none.
     :param float dropout: probability of dropping a hidden unit in training.
     :raises ValueError: if a setting is out of its range.
@@ -97,6 +95,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         residual_blocks: int = 4,
         energy_hidden_features: int = 128,
         energy_context: int = 64,
+        frequencies: int = 6,
         proposal: str | Distribution = "gaussian_mixture",
         mixture_components: int = 10,
         min_scale: float = 1e-3,
@@ -114,6 +113,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         check_at_least(
             features=(features, 1),
             energy_context=(energy_context, 1),
+            frequencies=(frequencies, 0),
             mixture_components=(mixture_components, 1),
             num_importance_samples=(num_importance_samples, 3),
             num_evaluation_samples=(num_evaluation_samples, 1),
@@ -147,12 +147,16 @@ class AutoregressiveEnergyMachine(nn.Module):
             residual_blocks=residual_blocks,
             dropout=dropout,
         )
+        if frequencies:
+            reads = self.network.initial.mask
+            self.network.initial = MaskedFourierLinear(reads, frequencies)
         if self._fixed is None:
             self._spread_components(mixture_components)
         self.energy = EnergyNetwork(
             energy_context,
             energy_hidden_features,
             residual_blocks=residual_blocks,
+            frequencies=frequencies,
             bound=energy_bound,
             dropout=dropout,
         )
@@ -252,7 +256,8 @@ class AutoregressiveEnergyMachine(nn.Module):
         log_prob = torch.zeros_like(log_det)
         if self._fixed is None and self.training:
             log_prob = log_q.reshape(x.shape).sum(-1) + log_det
-        if not self.training or step >= self.warmup_steps:
+        is_warming_up = self.training and self._fixed is None and step < self.warmup_steps
+        if not is_warming_up:
             detached = conditionals.detach_proposal()
             u, normalizer = data_estimate(
                 detached, z, self.num_importance_samples, self._num_gradient_samples
@@ -354,7 +359,7 @@ class AutoregressiveEnergyMachine(nn.Module):
             log_p = log_r + u - found.log_normalizer
         else:
             log_z = (
-                _exact_log_normalizer(conditionals, before.detach(), settings.tolerance)
+                exact_log_normalizer(conditionals, before.detach(), settings.tolerance)
                 if settings.exact
                 else estimate(conditionals, settings.num_importance_samples).log_normalizer
             )
@@ -454,54 +459,3 @@ class AutoregressiveEnergyMachine(nn.Module):
                 f"context_features={self.context_features}."
             )
         check_precision("context", context, self)
-
-
-def _exact_log_normalizer(conditionals: Conditionals, before: Tensor, tolerance: float) -> Tensor:
-    """
-    Log Z by quadrature; gradients, where they are on, by trapezoids on a fixed grid.
-
-    :param Conditionals conditionals: those of rows, one after the other.
-    :param Tensor before: context and features of the rows. Where those before a feature are the
-        same in two rows, as on a grid, the normaliser is computed once.
-    :param float tolerance: of the quadrature.
-    """
-    features = len(conditionals) // max(1, len(before))
-    value = torch.empty(len(before), features, dtype=before.dtype, device=before.device)
-    rows, errors = torch.arange(len(before), device=before.device), []
-    size = before.shape[1] - features
-    for feature in range(features):
-        which = torch.zeros_like(rows)
-        if size + feature:
-            which = before[:, : size + feature].unique(dim=0, return_inverse=True)[1]
-        one_of_each = rows.new_zeros(int(which.max()) + 1 if len(rows) else 0)
-        one_of_each[which] = rows
-        chosen = conditionals.select(one_of_each * features + feature)
-        found = quadrature(chosen, tolerance=tolerance)
-        value[:, feature] = found.value[which]
-        errors.append(found.error[found.value.isfinite()])
-    value, error = value.flatten(), torch.cat(errors)
-    if bool((error > tolerance).any()):
-        warnings.warn(
-            f"Quadrature did not reach its tolerance {tolerance:.1g} for "
-            f"{int((error > tolerance).sum())} of {len(error)} normalisers; the largest relative "
-            f"error is about {float(error.max()):.1g}. Some conditional has a feature that is "
-            "too narrow: is a feature constant, or min_scale very small?",
-            NormalizerWarning,
-            stacklevel=5,
-        )
-    if not torch.is_grad_enabled():
-        return value
-    parts = [
-        # computed again for the gradient, so that memory does not grow with the grid
-        checkpoint(_trapezoids, conditionals.select(part), use_reentrant=False)
-        for part in torch.arange(len(value), device=value.device).split(_GRIDS_WITH_GRADIENT)
-    ]
-    approximate = torch.cat(parts)
-    return value + (approximate - approximate.detach())
-
-
-def _trapezoids(conditionals: Conditionals) -> Tensor:
-    grid = conditionals.proposal.grid()
-    for _ in range(3):
-        grid = halve(grid, 0.5 * (grid[:, 1:] + grid[:, :-1]))
-    return log_trapezoid(grid, conditionals.log_unnormalized(grid))

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ...ops.quadrature import LogIntegral, log_integral
+from ...errors import NormalizerWarning
+from ...ops.quadrature import LogIntegral, halve, log_integral, log_trapezoid
 from .conditionals import Conditionals
 from .proposals import stratified_positions
 
-__all__ = ["Estimate", "data_estimate", "estimate", "quadrature", "systematic_resampling"]
+__all__ = [
+    "Estimate",
+    "data_estimate",
+    "estimate",
+    "exact_log_normalizer",
+    "quadrature",
+    "systematic_resampling",
+]
 
 _NODES_AT_ONCE = 2**18
 _GRIDS_AT_ONCE = 64
+_GRIDS_WITH_GRADIENT = 32
 
 
 class Estimate(NamedTuple):
@@ -163,3 +174,56 @@ def quadrature(
             )
         )
     return LogIntegral(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def exact_log_normalizer(conditionals: Conditionals, before: Tensor, tolerance: float) -> Tensor:
+    """
+    Log Z by quadrature; gradients, where they are on, by trapezoids on a fixed grid.
+
+    :param Conditionals conditionals: those of rows, one after the other.
+    :param Tensor before: context and features of the rows. Where those before a feature are the
+        same in two rows, as on a grid, the normaliser is computed once.
+    :param float tolerance: of the quadrature.
+    """
+    if not len(before):
+        return before.new_zeros(0)
+    features = len(conditionals) // len(before)
+    value = torch.empty(len(before), features, dtype=before.dtype, device=before.device)
+    rows, errors = torch.arange(len(before), device=before.device), []
+    size = before.shape[1] - features
+    for feature in range(features):
+        which = torch.zeros_like(rows)
+        if size + feature:
+            which = before[:, : size + feature].unique(dim=0, return_inverse=True)[1]
+        one_of_each = rows.new_zeros(int(which.max()) + 1)
+        one_of_each[which] = rows
+        chosen = conditionals.select(one_of_each * features + feature)
+        found = quadrature(chosen, tolerance=tolerance)
+        value[:, feature] = found.value[which]
+        errors.append(found.error[found.value.isfinite()])
+    value, error = value.flatten(), torch.cat(errors)
+    if bool((error > tolerance).any()):
+        warnings.warn(
+            f"Quadrature did not reach its tolerance {tolerance:.1g} for "
+            f"{int((error > tolerance).sum())} of {len(error)} normalisers; the largest relative "
+            f"error is about {float(error.max()):.1g}. Some conditional has a feature that is "
+            "too narrow: is a feature constant, or min_scale very small?",
+            NormalizerWarning,
+            stacklevel=6,
+        )
+    if not torch.is_grad_enabled():
+        return value
+    parts = [
+        # computed again for the gradient, so that memory does not grow with the grid
+        checkpoint(_trapezoids, conditionals.select(part), use_reentrant=False)
+        for part in torch.arange(len(value), device=value.device).split(_GRIDS_WITH_GRADIENT)
+    ]
+    approximate = torch.cat(parts)
+    return value + (approximate - approximate.detach())
+
+
+def _trapezoids(conditionals: Conditionals) -> Tensor:
+    grid = conditionals.proposal.grid()
+    for _ in range(3):
+        grid = halve(grid, 0.5 * (grid[:, 1:] + grid[:, :-1]))
+    return log_trapezoid(grid, conditionals.log_unnormalized(grid))

@@ -40,7 +40,7 @@ def check_proposal(proposal: str | Distribution, features: int) -> Distribution 
         raise TypeError(
             f"proposal is a {type(proposal).__name__}: give 'gaussian_mixture' or a distribution."
         )
-    shapes: tuple[tuple[int, ...], ...] = ((), (1,))
+    shapes: tuple[tuple[int, ...], ...] = ((),)
     if isinstance(proposal, Uniform):
         shapes += ((features,),)
     if tuple(proposal.batch_shape) not in shapes or proposal.event_shape:

@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {
     "energy_hidden_features": 16,
     "energy_context": 8,
     "mixture_components": 3,
+    "frequencies": 1,
     "monitor_every": 0,
 }
 
@@ -76,12 +77,12 @@ def machine(features: int = 2, context_features: int = 0, **settings: Any) -> An
 def random_machine(
     features: int = 2, context_features: int = 0, amount: float = 0.4, **settings: Any
 ) -> Any:
-    """A small machine away from its start, whose energy differs much between numbers."""
+    """A small machine away from its start, whose energies differ by some nats."""
     aem = machine(features, context_features, **settings)
     with torch.no_grad():
         for parameter in aem.parameters():
             parameter.add_(amount * torch.randn_like(parameter))
-        aem.energy.output.weight.mul_(4.0)
+        aem.energy.output.weight.mul_(0.5)
     return aem.eval()
 
 

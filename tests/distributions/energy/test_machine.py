@@ -46,13 +46,13 @@ def _axis(setting: dict[str, Any], feature: int) -> tuple[Tensor, Tensor]:
     """Points over the support of a feature, and weights to integrate with."""
     if isinstance(box := setting.get("proposal"), Uniform):
         ends = [side.expand(2)[feature] for side in (box.low, box.high)]
-        x = torch.linspace(*ends, 401)
-        weights = torch.full((401,), float(x[1] - x[0]))
+        x = torch.linspace(*ends, 301)
+        weights = torch.full((301,), float(x[1] - x[0]))
         weights[[0, -1]] *= 0.5
         return x, weights
     # equal steps on a scale on which the tails are short
-    t = torch.linspace(-5.0, 5.0, 401)
-    return t.sinh(), t.cosh() / 40
+    t = torch.linspace(-5.0, 5.0, 301)
+    return t.sinh(), t.cosh() / 30
 
 
 @settings
@@ -61,7 +61,7 @@ def test_densities_of_two_numbers_integrate_to_one(setting: dict[str, Any]) -> N
     (x, x_weights), (y, y_weights) = _axis(setting, 0), _axis(setting, 1)
     with torch.no_grad():
         density = aem().log_prob(torch.cartesian_prod(x, y), exact=True).exp()
-    mass = x_weights @ density.reshape(401, 401) @ y_weights
+    mass = x_weights @ density.reshape(301, 301) @ y_weights
     assert float(mass) == pytest.approx(1.0, abs=1e-4)
 
 
@@ -104,7 +104,8 @@ def test_estimates_approach_quadrature(setting: dict[str, Any]) -> None:
         exact = aem().log_prob(x, exact=True)
         errors = []
         for number in (5, 20, 1000):
-            errors.append(float((aem().log_prob(x, num_importance_samples=number) - exact).std()))
+            found = aem().log_prob(x, num_importance_samples=number)
+            errors.append(float((found - exact).abs().mean()))
     assert errors[2] < 0.02
     assert errors[2] < 0.2 * errors[0]
     assert errors[1] < errors[0]
@@ -114,7 +115,7 @@ def test_estimates_approach_quadrature(setting: dict[str, Any]) -> None:
 def test_exact_gradients_are_those_of_finite_differences(setting: dict[str, Any]) -> None:
     aem = random_machine(2, amount=0.25, **setting)
     # on a fixed grid, integrals of the jumps that rectifiers put into gradients are less exact
-    smooth = EnergyNetwork(8, 16, residual_blocks=1, activation=torch.tanh)
+    smooth = EnergyNetwork(8, 16, residual_blocks=1, frequencies=1, activation=torch.tanh)
     smooth.load_state_dict(aem.energy.state_dict())
     aem.energy = smooth
     x = torch.tensor([0.4, 0.3], requires_grad=True)

@@ -40,7 +40,7 @@ def test_quadrature_of_known_densities(log_density: Callable[[Tensor], Tensor]) 
 
 
 @pytest.mark.parametrize(
-    ("log_density", "num_samples"), [(log_normal, 4), (log_mixture, 200)], ids=LOG_DENSITIES
+    ("log_density", "num_samples"), [(log_normal, 4), (log_mixture, 80)], ids=LOG_DENSITIES
 )
 def test_the_estimate_of_z_has_no_bias_and_log_z_is_too_small(
     log_density: Callable[[Tensor], Tensor], num_samples: int
@@ -140,10 +140,10 @@ def test_weights_that_all_vanish_are_a_value_not_an_error() -> None:
 
 @pytest.mark.parametrize("reference", ["proposal", "broad"])
 def test_weights_of_any_energy_are_bounded(reference: str) -> None:
-    aem = random_machine(2, reference=reference, amount=3.0)
+    aem = random_machine(2, reference=reference, amount=1.0)
     with torch.no_grad():
-        known = aem._conditionals(3 * torch.randn(200, 2), None)
-        nodes = known.proposal.place(torch.rand(400, 50))
+        known = aem._conditionals(3 * torch.randn(20, 2), None)
+        nodes = known.proposal.place(torch.rand(40, 500))
         log_weights = known.log_weights(nodes)
     largest = 0.0 if reference == "proposal" else -math.log(aem.defensive_weight)
     assert log_weights.max() <= largest + 1e-9
@@ -179,6 +179,9 @@ def test_the_gradient_of_few_draws_has_the_mean_of_that_of_all() -> None:
     full = torch.stack([gradient(seed, None) for seed in range(60)])
     few = torch.stack([gradient(seed, 4) for seed in range(60)])
     difference = few - full
-    error = difference.std(0) / math.sqrt(60)
-    assert (difference.mean(0).abs() <= 5 * error + 1e-15).all()
+    # in ten directions, as single weights of units that are rarely on are far from normal
+    directions = torch.cat([full.mean(0, keepdim=True), torch.randn(10, full.shape[1])])
+    along = difference @ directions.mT
+    error = along.std(0) / math.sqrt(60)
+    assert (along.mean(0).abs() <= 5 * error).all()
     assert difference.mean(0).norm() < 0.1 * full.mean(0).norm()

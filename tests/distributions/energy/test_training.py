@@ -105,6 +105,12 @@ def test_warm_up_trains_the_proposal_alone() -> None:
     assert int(aem.training_steps) == 4
 
 
+def test_a_fixed_proposal_needs_no_warm_up() -> None:
+    aem = machine(1, proposal=Uniform(-1.0, 1.0), warmup_steps=5)
+    aem.training_loss(torch.rand(10, 1)).backward()
+    assert aem.energy.output.weight.grad is not None
+
+
 def test_with_gradients_training_mode_scores_with_the_datum() -> None:
     """So that `SVI` and others that only call `log_prob` cannot be fooled either."""
     aem = random_machine(1, amount=3.0, num_importance_samples=3).train()
@@ -120,10 +126,15 @@ def test_with_gradients_training_mode_scores_with_the_datum() -> None:
 @pytest.mark.parametrize("reference", ["proposal", "broad"])
 def test_energies_learn_what_the_proposal_cannot(reference: str) -> None:
     aem = machine(
-        1, mixture_components=1, reference=reference, energy_hidden_features=32, monitor_every=150
+        1,
+        mixture_components=1,
+        reference=reference,
+        energy_hidden_features=16,
+        frequencies=4,
+        monitor_every=100,
     )
     train, test = _two_bumps(5000), _two_bumps(1000)
-    fit_density(aem, train, loss=LOSS, num_steps=400, learning_rate=5e-3, progress=False)
+    fit_density(aem, train, loss=LOSS, num_steps=150, learning_rate=1e-2, progress=False)
     aem.eval()
     truth = math.log(0.5) * 0.5  # density 1/2 on the left, and 1 on the right
     with torch.no_grad():
