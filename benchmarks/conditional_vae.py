@@ -355,12 +355,13 @@ def answers(
     for flow in FLOWS:
         if flow != "fcn" or vae.latent_size == 2:
             jobs[f'pyro_ext, "{flow}"'] = partial(answer_by_guide, vae, questions, flow, seed)
-    few = questions.first(args.svi_questions)
-    fewer = questions.first(args.flow_questions)
-    jobs[STOCK] = partial(answer_by_svi, vae, few, AutoMultivariateNormal, seed, SviSettings())
-    jobs["AutoNormalizingFlow, SVI"] = partial(
-        answer_by_svi, vae, fewer, make_stock_flow, seed, SviSettings(learning_rate=0.01)
-    )
+    for label, num, make_guide, settings in (
+        (STOCK, args.svi_questions, AutoMultivariateNormal, SviSettings()),
+        ("AutoNormalizingFlow, SVI", args.flow_questions, make_stock_flow, SviSettings(0.01)),
+    ):
+        if num:
+            few = questions.first(num)
+            jobs[label] = partial(answer_by_svi, vae, few, make_guide, seed, settings)
     if args.nuts_questions:
         few = questions.first(args.nuts_questions)
         jobs["NUTS"] = partial(answer_by_nuts, vae, few, 300, seed)
@@ -464,9 +465,13 @@ def main() -> None:
     names = [*autoencoder.MODELS, *(f"mnist_{name}" for name in autoencoder.MODELS)]
     parser.add_argument("--models", nargs="+", choices=names, default=list(autoencoder.MODELS))
     parser.add_argument("--questions", type=int, default=50)
-    parser.add_argument("--svi-questions", type=int, default=50, help="of AutoMultivariateNormal")
-    parser.add_argument("--flow-questions", type=int, default=10, help="of AutoNormalizingFlow")
-    parser.add_argument("--nuts-questions", type=int, default=5, help="0 leaves NUTS out")
+    for name, number, method in (
+        ("svi", 50, "AutoMultivariateNormal"),
+        ("flow", 10, "AutoNormalizingFlow"),
+        ("nuts", 5, "NUTS"),
+    ):
+        text = f"to {method}, the first ones; 0 leaves it out"
+        parser.add_argument(f"--{name}-questions", type=int, default=number, help=text)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
