@@ -139,7 +139,7 @@ def test_trajectories_at_the_largest_depth_are_warned_of() -> None:
 
 def test_many_failures_are_warned_of_and_the_rest_is_used() -> None:
     kernel = ConstrainedNUTS(
-        CONDITIONED, step_size=0.8, adapt_step_size=False, use_fallback=False, max_tree_depth=4
+        CONDITIONED, step_size=1.5, adapt_step_size=False, use_fallback=False, max_tree_depth=4
     )
     mcmc = MCMC(kernel, 12, 0, num_chains=10, disable_progbar=True)
     with pytest.warns(SamplingWarning, match=r"of the trajectories failed"):
