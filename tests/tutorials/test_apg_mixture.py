@@ -14,7 +14,9 @@ from torch import Tensor
 from pyro_ext.infer import ExactBlock
 from tests.tutorials.conftest import load_siblings
 
-MODEL, METRICS, TRAIN = load_siblings("apg_mixture", "model", "metrics", "train")
+MODEL, METRICS, TRAIN, BASELINES = load_siblings(
+    "apg_mixture", "model", "metrics", "train", "baselines"
+)
 
 
 @pytest.fixture
@@ -176,6 +178,19 @@ def test_a_few_steps_of_training(float32: None) -> None:
     rows = TRAIN.train(sampler, 3, num_sets=2, num_points=6, every=2)
     assert [row["step"] for row in rows] == [0, 2]
     assert all((p != old).any() for p, old in zip(proposals.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES.ENCODERS))
+def test_encoders_alone_are_far_behind(float32: None, name: str) -> None:
+    """Reweighted wake-sleep, by the same engine: a few steps, and what ships."""
+    encoder = BASELINES.ENCODERS[name]()
+    optim = torch.optim.Adam(encoder.parameters())
+    TRAIN.train(BASELINES.make_sampler(encoder, optim), 2, num_sets=2, num_points=6)
+    x, latents = MODEL.simulate(50)
+    sampler = BASELINES.make_sampler(BASELINES.load(name))
+    gap = (next(sampler.sweeps(x)).log_joint - MODEL.log_joint(x, latents)).mean()
+    assert gap < -25
+    assert gap.isfinite()
 
 
 def test_figures(figures: ModuleType) -> None:
