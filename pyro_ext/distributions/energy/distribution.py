@@ -105,7 +105,7 @@ class EnergyMachineDistribution(TorchDistribution):
 
         :param Tensor value: shape broadcastable to ``batch_shape + (features,)``.
         :param num_importance_samples: S; by default what the module was made with, or what
-            :meth:`~AutoregressiveEnergyMachine.evaluation` says.
+            :meth:`~pyro_ext.distributions.AutoregressiveEnergyMachine.evaluation` says.
         :param exact: by quadrature, to a relative error of 1e-5 of every conditional.
         :returns: shape ``sample_shape + batch_shape``.
         :raises ValueError: if validation is on and the value is not in the support.
