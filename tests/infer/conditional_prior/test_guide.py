@@ -308,6 +308,7 @@ def test_single_precision(float32: None) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:In .* the network folds")
 def test_cuda() -> None:
     decoder = small_decoder(2, 6).cuda()
     data = torch.ones(ROWS, 6, device="cuda")
