@@ -25,6 +25,7 @@ LOSS = AutoregressiveEnergyMachine.training_loss
         {"residual_blocks": -1},
         {"energy_hidden_features": 0},
         {"energy_context": 0},
+        {"frequencies": -1},
         {"mixture_components": 0},
         {"min_scale": 0.0},
         {"defensive_weight": 0.0},
