@@ -1,6 +1,6 @@
 """Train the autoencoders that ship with this tutorial, and write their weights.
 
-    python tutorials/conditional_vae/train.py                 # all four, a few minutes
+    python tutorials/conditional_vae/train.py                 # all four, two minutes
     python tutorials/conditional_vae/train.py bernoulli_2     # only these
 
 The data are scikit-learn's digits; nothing is downloaded. The last line for each model compares
