@@ -162,15 +162,16 @@ class APG:
         if self.optim is None:
             raise ValueError("step needs an optimizer: APG(..., optim=pyro.optim.Adam({...})).")
         loss, pairs = self.objective.gradients(*args, **kwargs)
-        if not pairs:
+        trained = {p: gradient for p, gradient in pairs if gradient is not None}
+        if not trained:
             raise ValueError(
                 "There is nothing to train: no program is a module, and none shows parameters to "
                 "Pyro. Use pyro.module(name, network) in the program, or only apg.sample(...)."
             )
-        for parameter, gradient in pairs:
+        for parameter, gradient in trained.items():
             parameter.grad = gradient
         if isinstance(self.optim, PyroOptim):
-            parameters: Any = {parameter for parameter, _ in pairs}
+            parameters: Any = set(trained)
             self.optim(parameters)
             zero_grads(parameters)
         else:

@@ -27,7 +27,7 @@ class Gradients(NamedTuple):
     """Loss of a run of the sampler, and its gradients."""
 
     loss: Tensor
-    by_parameter: list[tuple[Tensor, Tensor]]
+    by_parameter: list[tuple[Tensor, Tensor | None]]  # None where the loss does not depend on it
 
 
 def update_loss(update: Update) -> Tensor:
@@ -177,7 +177,7 @@ class APGObjective(nn.Module):
             structure = self.programs(args, kwargs).structure
             _, self.history = record_history(differentiate(), len(structure.blocks))
         self._is_checked = True
-        pairs = [(p, sums.get(key, torch.zeros_like(p))) for key, p in known.items()]
+        pairs = [(parameter, sums.get(key)) for key, parameter in known.items()]
         return Gradients(torch.stack(losses).sum(), pairs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -194,7 +194,9 @@ class APGObjective(nn.Module):
         loss, pairs = self.gradients(*args, **kwargs)
         if not pairs:
             return loss
-        parameters, gradients = zip(*pairs, strict=True)
+        parameters = [parameter for parameter, _ in pairs]
+        # zeros rather than nothing: distributed training waits for every parameter
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in pairs]
         return _ReadyGradient.apply(loss, gradients, *parameters)
 
 
@@ -202,7 +204,7 @@ class _ReadyGradient(torch.autograd.Function):
     """A scalar with gradients that were computed before."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *_: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *_: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
         return loss.clone()
 

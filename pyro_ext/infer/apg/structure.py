@@ -95,7 +95,7 @@ def inspect_programs(
         latents = _latent_sites(alone)
         frames = {frame.name: frame for site in alone.sites.values() for frame in site.frames}
         nesting = max((-frame.dim for frame in frames.values()), default=0)
-        _check_batch_plate(alone, batch_plate, nesting)
+        _check_plates(alone, batch_plate, nesting)
         local_dims = _local_dims(frames, local_plates, batch_plate)
         _check_subsampling(alone, "model")
         if any(isinstance(kernel, ExactBlock) for kernel in kernels):
@@ -160,7 +160,7 @@ def _latent_sites(recorder: Recorder) -> dict[str, RecordedSite]:
     return latents
 
 
-def _check_batch_plate(recorder: Recorder, batch_plate: str | None, nesting: int) -> None:
+def _check_plates(recorder: Recorder, batch_plate: str | None, nesting: int) -> None:
     for name, site in recorder.sites.items():
         if delta(site.fn) is not None:
             continue

@@ -55,6 +55,19 @@ def test_steps_bring_proposals_to_the_conditionals(kind: str) -> None:
     pyro.clear_param_store()
 
 
+def test_steps_leave_alone_what_had_no_part_in_them() -> None:
+    """With one sweep kernels do nothing, and Adam does not move them by its momentum."""
+    tables = Tables()
+    apg = labels_sampler(Labels(), tables, num_sweeps=2)
+    apg.optim = torch.optim.Adam(apg.objective.parameters(), lr=0.1)
+    apg.step(X.expand(5, 2))
+    group, first = tables.group.detach().clone(), tables.first.detach().clone()
+    apg.objective.num_sweeps = 1
+    apg.step(X.expand(5, 2))
+    assert torch.equal(tables.group, group)
+    assert not torch.equal(tables.first, first)
+
+
 def test_the_model_is_learned_by_its_evidence() -> None:
     """The maximum of the marginal likelihood, where the data come from."""
     model, tables = Labels(), Tables()
