@@ -12,7 +12,7 @@ from torch.func import jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import VectorizationWarning
-from ...ops.recording import RecordingError, record
+from ...ops.recording import RecordedFunction, RecordingError, record
 from .dynamics.projection import Tolerances
 from .guard import GuardedSystem
 from .jacobian.sparsity import Pattern, find_pattern, merge_patterns
@@ -247,26 +247,32 @@ def _describe(pattern: Pattern | None) -> str:
     )
 
 
-def recorded_values(model: ConstrainedModel, example: Tensor) -> Callable[[Tensor], Any]:
+def recorded_values(
+    model: ConstrainedModel, system: ConstrainedSystem, example: Tensor
+) -> Callable[[Tensor], Any]:
     """
     :meth:`.ConstrainedModel.values`, which every draw needs, without running the model.
 
-    :param model: the conditioned model, which can be vectorised.
+    :param model: the conditioned model.
+    :param system: its system; what could not be recorded there is not tried again.
     :param Tensor example: an input, ``(dim,)``.
     """
-    return _recorded(model.values, example, differentiable=False)
+    if not isinstance(system.functions[0], RecordedFunction):
+        return model.values
+    try:
+        return record(model.values, example, differentiable=False)
+    except RecordingError:
+        return model.values
 
 
-def _recorded(
-    function: Callable[[Tensor], Any], example: Tensor, *, differentiable: bool = True
-) -> Callable[[Tensor], Any]:
+def _recorded(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
     """A function that runs what it repeats as one; the function itself if that cannot be."""
     with _CheckFinder() as finder:
         function(example)
     if finder.has_check:  # a recording would not raise
         return function
     try:
-        return record(function, example, differentiable=differentiable)
+        return record(function, example)
     except RecordingError:
         return function
 

@@ -313,8 +313,7 @@ class ConstrainedKernel(VectorizedKernel):
             check_interval=self.structure_check_interval,
             compile=self.compile,
         )
-        is_vectorized = assembly.system.is_vectorized
-        self._values = recorded_values(model, position[0]) if is_vectorized else model.values
+        self._values = recorded_values(model, assembly.system, position[0])
         residual = assembly.system.constraint(position, one).abs().amax(-1)
         self._chains = Chains(
             point=self._system.point(position, one),
