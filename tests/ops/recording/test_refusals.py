@@ -135,3 +135,13 @@ def test_numbers_that_do_not_depend_on_the_input_are_allowed() -> None:
 
     recorded = record(function, torch.randn(3))
     torch.testing.assert_close(recorded(torch.ones(3)), torch.full((3,), 3.0))
+
+
+def test_derivatives_that_nobody_takes_are_not_checked() -> None:
+    def function(u: Tensor) -> Tensor:
+        return u * u.data
+
+    with pytest.raises(RecordingError, match="derivatives"):
+        record(function, torch.randn(3))
+    recorded = record(function, torch.randn(3), differentiable=False)
+    torch.testing.assert_close(recorded(torch.full((3,), 2.0)), torch.full((3,), 4.0))
