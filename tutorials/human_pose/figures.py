@@ -49,8 +49,9 @@ def poses_figure(
         for column, (title, X) in enumerate(joints.items()):
             color = BLACK if column == 0 else BLUE
             seen = images[title].unflatten(-1, (2, -1))
+            x, y, z = X.unbind(-1)
             # the camera looks at the front, so that the body's left is on the right of the image
-            views = (seen, X[:, [0, 1]].T, X[:, [2, 1]].T)
+            views = (seen.unbind(), (-x, y), (z, y))
             for ax, (across, up) in zip(grid[:, column], views, strict=True):
                 _draw(ax, edges, across, up, color)
             across, up = observed.unflatten(-1, (2, -1))
