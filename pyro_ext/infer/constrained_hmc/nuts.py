@@ -75,7 +75,7 @@ class ConstrainedNUTS(ConstrainedKernel):
         ...     x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
         ...     pyro.deterministic("radius", x.norm())
         >>> conditioned = pyro.condition(model, {"radius": torch.tensor(2.0)})
-        >>> mcmc = MCMC(ConstrainedNUTS(conditioned, max_tree_depth=5), num_samples=20,
+        >>> mcmc = MCMC(ConstrainedNUTS(conditioned, max_tree_depth=7), num_samples=20,
         ...             warmup_steps=20, num_chains=4, disable_progbar=True)
         >>> mcmc.run()
         >>> mcmc.diagnostics()["tree_depth"]["chain 0"].shape
