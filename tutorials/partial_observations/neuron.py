@@ -268,7 +268,8 @@ def importance_posterior(
     :param int num_particles: particles for each.
     :param int batch_size: filters that run at once.
     """
-    covariance = 2 * torch.cov(near.T)
+    ridge = 1e-4 * torch.eye(near.shape[-1], dtype=near.dtype)  # few draws span no volume
+    covariance = 2 * torch.cov(near.T) + ridge
     proposal = dist.MultivariateStudentT(
         torch.tensor(5.0, dtype=near.dtype), near.mean(0), torch.linalg.cholesky(covariance)
     )
