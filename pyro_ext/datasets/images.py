@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .split import Split, import_optional
+from ..optional import import_optional
+from .split import Split
 
 __all__ = ["digits", "natural_image_patches"]
 

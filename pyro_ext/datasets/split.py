@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Split", "import_optional"]
+__all__ = ["Split"]
 
 
 class Split(NamedTuple):
@@ -27,18 +26,3 @@ class Split(NamedTuple):
 
     labels: Split | None = None
     """Classes of the rows in the same three parts, for data that has them."""
-
-
-def import_optional(module: str, package: str, purpose: str) -> Any:
-    """
-    Import a module that pyro_ext does not depend on.
-
-    :param str module: what to import.
-    :param str package: what ``pip install`` calls it.
-    :param str purpose: what needs it, the beginning of the message.
-    :raises ImportError: if it is missing, with the command that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{purpose} needs {package}: pip install {package}") from error

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .split import Split, import_optional
+from ..optional import import_optional
+from .split import Split
 
 __all__ = ["load_tabular"]
 

@@ -1,4 +1,4 @@
-"""Look at a finished run: convert it for ArviZ."""
+"""A finished run as ArviZ data, and what the model computes from its draws."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.func import vmap
 
-from .poutine.sites import is_computed, is_subsample
+from ..poutine.sites import is_computed, is_subsample
 
 __all__ = ["deterministic_values", "to_arviz"]
 
