@@ -11,7 +11,7 @@ from .proposals import Proposal, broad_log_prob
 
 __all__ = ["Conditionals"]
 
-_ROWS_AT_ONCE = 8192  # through the energy network, so that they stay in the processor's cache
+_ROWS_AT_ONCE = 2048  # through the energy network, so that they stay in a core's own cache
 
 
 @dataclass(frozen=True)
