@@ -72,6 +72,7 @@ class Answer(NamedTuple):
     predict_seconds: float
     c_elbo: Tensor | None = None
     query_log_prob: Tensor | None = None  # by more draws than the score
+    integrated: Tensor | None = None  # log p(y | x) by the grid instead of by draws
     note: str = ""
 
     @property
@@ -134,7 +135,9 @@ def fit_guide(
     return guide, seconds, "; ".join(str(each.message).split(":")[0] for each in caught)
 
 
-def answer_by_guide(vae: Any, questions: Questions, flow: str, seed: int) -> Answer:
+def answer_by_guide(
+    vae: Any, questions: Questions, flow: str, seed: int, grid: references.Grid | None = None
+) -> Answer:
     guide, fit_seconds, note = fit_guide(vae, questions, flow, seed)
     completed, predict_seconds = timed(lambda: guide.sample_query(NUM_DRAWS)["x"])
     query_log_prob = guide.query_log_prob(questions.x, NUM_DRAWS)
@@ -144,8 +147,15 @@ def answer_by_guide(vae: Any, questions: Questions, flow: str, seed: int) -> Ans
         predict_seconds,
         guide.c_elbo(EVALUATION_DRAWS),
         guide.query_log_prob(questions.x, EVALUATION_DRAWS),
+        None if grid is None or flow == "fcn" else integrated_by(guide, grid, len(questions.x)),
         note,
     )
+
+
+@torch.no_grad()
+def integrated_by(guide: ConditionalPriorGuide, grid: references.Grid, rows: int) -> Tensor:
+    """The query's log-probability under a guide that can tell its density everywhere."""
+    return grid.integrate_query(lambda z: guide.log_prob({"z": z.expand(-1, rows, -1)}))
 
 
 # -- stock Pyro: one question after the other -----------------------------------------------------
@@ -210,9 +220,11 @@ def answer_by_svi(
     make_guide: Callable[[Callable[..., Any]], AutoGuide],
     seed: int,
     settings: SviSettings,
+    grid: references.Grid | None = None,
 ) -> Answer:
     fit_seconds = predict_seconds = 0.0
     c_elbos, many, parts, steps = [], [], [], []
+    integrated = []
     evaluate = Trace_ELBO(
         num_particles=EVALUATION_DRAWS, vectorize_particles=True, max_plate_nesting=1
     )
@@ -229,6 +241,8 @@ def answer_by_svi(
         predict_seconds += seconds
         query_log_prob = log_mean_exp(vae.log_likelihood(z, one.x, ~one.mask))
         parts.append(references.score_completed(completed, query_log_prob, one))
+        if grid is not None and isinstance(guide, AutoMultivariateNormal):
+            integrated.append(grid.row(row).integrate_query(stock_density(guide)))
         z, _ = predict(vae, guide, one, EVALUATION_DRAWS)
         many.append(log_mean_exp(vae.log_likelihood(z, one.x, ~one.mask)))
     return Answer(
@@ -237,8 +251,14 @@ def answer_by_svi(
         predict_seconds,
         questions.x.new_tensor(c_elbos),
         torch.cat(many),
+        torch.cat(integrated) if integrated else None,
         f"{statistics.fmean(steps):.0f} steps",
     )
+
+
+def stock_density(guide: AutoMultivariateNormal) -> Callable[[Tensor], Tensor]:
+    posterior = guide.get_posterior()
+    return lambda z: posterior.log_prob(z.squeeze(1)).detach().unsqueeze(-1)
 
 
 @torch.no_grad()
@@ -354,14 +374,18 @@ def answers(
     jobs: dict[str, Callable[[], Answer]] = {}
     for flow in FLOWS:
         if flow != "fcn" or vae.latent_size == 2:
-            jobs[f'pyro_ext, "{flow}"'] = partial(answer_by_guide, vae, questions, flow, seed)
+            jobs[f'pyro_ext, "{flow}"'] = partial(
+                answer_by_guide, vae, questions, flow, seed, reference.grid
+            )
     for label, num, make_guide, settings in (
         (STOCK, args.svi_questions, AutoMultivariateNormal, SviSettings()),
         ("AutoNormalizingFlow, SVI", args.flow_questions, make_stock_flow, SviSettings(0.01)),
     ):
         if num:
             few = questions.first(num)
-            jobs[label] = partial(answer_by_svi, vae, few, make_guide, seed, settings)
+            jobs[label] = partial(
+                answer_by_svi, vae, few, make_guide, seed, settings, reference.grid
+            )
     if args.nuts_questions:
         few = questions.first(args.nuts_questions)
         jobs["NUTS"] = partial(answer_by_nuts, vae, few, 300, seed)
@@ -414,6 +438,7 @@ def table_row(
         "log p(y given x)": f"{float(score.query_log_prob.nanmean()):.2f}",
         "error, 500 draws": excess(score.query_log_prob, reference.query_log_prob),
         "error, 10,000 draws": excess(answer.query_log_prob, reference.query_log_prob),
+        "error, by the grid": excess(answer.integrated, reference.query_log_prob),
         "SSIM": f"{float(score.ssim.nanmean()):.3f}",
         "sd": f"{float(score.standard_deviation.nanmean()):.3f}",
         "fit, s": f"{fit:.3g}" if fit else "-",

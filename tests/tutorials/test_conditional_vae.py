@@ -226,6 +226,23 @@ def test_grid_finds_closed_forms(digit_autoencoder: ModuleType, references: Modu
     _check_moments(grid.sample(DRAWS), problem.posterior(x, mask))
 
 
+def test_grid_integrates_the_query_under_a_guide(
+    digit_autoencoder: ModuleType, references: ModuleType
+) -> None:
+    """Under the posterior it is log p(y | x), under the prior log p(y)."""
+    problem = linear_vae(digit_autoencoder)
+    questions = some_questions(references, problem)
+    x, mask = questions
+    grid = references.grid_posterior(problem.vae, questions, half=6.0, num=201)
+    posterior, prior = problem.posterior(x, mask), dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+    by_posterior = grid.integrate_query(posterior.log_prob)
+    torch.testing.assert_close(by_posterior, grid.query_log_prob, rtol=0, atol=1e-6)
+    by_prior = grid.integrate_query(lambda z: prior.log_prob(z).expand(-1, 4))
+    torch.testing.assert_close(by_prior, problem.log_prob(x, ~mask), rtol=0, atol=1e-6)
+    one = grid.row(2).integrate_query(lambda z: prior.log_prob(z))
+    torch.testing.assert_close(one, by_prior[2:3])
+
+
 def _check_moments(draws: Tensor, posterior: dist.MultivariateNormal) -> None:
     """Means and variances of independent draws, by their standard errors."""
     variance = posterior.covariance_matrix.diagonal(dim1=-2, dim2=-1)

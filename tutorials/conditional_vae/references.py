@@ -15,6 +15,7 @@ The ``vae`` of this module is any object with the methods of ``autoencoder.VAE``
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,37 @@ class Grid(NamedTuple):
     """log p(x) of what was seen, shape ``(rows,)``."""
     query_log_prob: Tensor
     """log p(y | x) of the rest, shape ``(rows,)``."""
+    log_query: Tensor
+    """log p(y | z) of the rest at the cells' centres, shape ``(n * n, rows)``."""
+
+    @property
+    def points(self) -> Tensor:
+        """The cells' centres, shape ``(n * n, 1, 2)``."""
+        return torch.cartesian_prod(self.axis, self.axis).unsqueeze(1)
+
+    def row(self, index: int) -> Grid:
+        """One question only."""
+        one = slice(index, index + 1)
+        return Grid(
+            self.axis,
+            self.log_posterior[:, one],
+            self.log_evidence[one],
+            self.query_log_prob[one],
+            self.log_query[:, one],
+        )
+
+    def integrate_query(self, log_density: Callable[[Tensor], Tensor]) -> Tensor:
+        """
+        The log of the integral of q(z) p(y | z), the query's log-probability under a guide.
+
+        A mean over draws of q underestimates it, the more the sharper p(y | z) is.
+
+        :param log_density: log q at points of shape ``(num, 1, 2)``, of shape ``(num, rows)``.
+        :returns: shape ``(rows,)``.
+        """
+        cell = 2 * float((self.axis[1] - self.axis[0]).log())
+        parts = [log_density(z) for z in self.points.split(10_000)]
+        return (torch.cat(parts) + self.log_query).logsumexp(0) + cell
 
     def sample(self, num: int) -> Tensor:
         """Draw latents, uniform within cells: shape ``(num, rows, 2)``."""
@@ -122,7 +154,7 @@ def grid_posterior(vae: Any, questions: Questions, *, half: float = 5.0, num: in
     log_joint = log_x + log_prior + 2 * float((axis[1] - axis[0]).log())
     log_evidence = log_joint.logsumexp(0)
     log_posterior = log_joint - log_evidence
-    return Grid(axis, log_posterior, log_evidence, (log_posterior + log_y).logsumexp(0))
+    return Grid(axis, log_posterior, log_evidence, (log_posterior + log_y).logsumexp(0), log_y)
 
 
 # -------------------------------------------------------------------------------------- sampling

@@ -18,7 +18,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from ...errors import ModelStructureError, SamplingWarning
 from ...poutine.condition_on import FillFreeElements, evidence_of
 from ...poutine.frozen import FrozenMessenger
-from ...poutine.sites import delta, is_subsample, shares_storage
+from ...poutine.sites import delta, is_subsample
+from .other_evidence import OtherEvidence
 from .sites import LatentSite, Structure
 
 __all__ = [
@@ -287,23 +288,9 @@ def _check_no_encoder(
 ) -> None:
     """The prior must not see the evidence, as it does where an encoder is left in the model."""
     given = [_given(node) for node in observed_nodes(trace).values()]
-    given = [value for value in given if value is not None]
-
-    def disturb(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        if not any(shares_storage(value, other) for other in given):
-            return value
-        return 0.5 * value + 0.25 * torch.rand_like(value)
-
-    other_args = tuple(disturb(value) for value in args)
-    other_kwargs = {name: disturb(value) for name, value in kwargs.items()}
-    if all(a is b for a, b in zip(args, other_args, strict=True)) and all(
-        kwargs[name] is value for name, value in other_kwargs.items()
-    ):
-        return
     values = {name: node["value"] for name, node in latent_nodes(trace).items()}
-    others = sample_nodes(run_model(model, other_args, other_kwargs, values))
+    with OtherEvidence([value for value in given if value is not None]):
+        others = sample_nodes(run_model(model, args, kwargs, values))
     for name, node in chosen.items():
         if not _same_log_prob(node, others[name]):
             raise ValueError(

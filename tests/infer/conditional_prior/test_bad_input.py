@@ -107,6 +107,20 @@ def test_an_encoder_left_in_the_model() -> None:
         ConditionalPriorGuide(masked).fit(x=x, progress=False)
 
 
+def test_an_encoder_that_reads_the_evidence_from_outside() -> None:
+    encoder, decoder, x = nn.Linear(4, 2), nn.Linear(2, 4), torch.randn(3, 4)
+
+    def model(rows: int) -> None:
+        with pyro.plate("rows", rows):
+            z = pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1))
+
+    before = x.clone()
+    with pytest.raises(ValueError, match=r"'z' depends on the evidence itself: an encoder"):
+        ConditionalPriorGuide(condition_on(model, {"x": x})).fit(3, progress=False)
+    assert (x == before).all()
+
+
 def test_a_prior_that_depends_on_other_data_is_none_of_that() -> None:
     decoder = nn.Linear(2, 4)
 
