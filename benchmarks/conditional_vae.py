@@ -352,7 +352,8 @@ def answer_by_rejection(
 
 def answer_by_alternation(vae: Any, questions: Questions, seed: int) -> Answer:
     pyro.set_rng_seed(seed)
-    z, seconds = timed(lambda: references.alternation(vae, questions, NUM_DRAWS))
+    limits = (0.0, 1.0)
+    z, seconds = timed(lambda: references.alternation(vae, questions, NUM_DRAWS, limits=limits))
     score, seconds_of_score = timed(lambda: references.score(vae, z, questions))
     return Answer(score, 0.0, seconds + seconds_of_score, note="50 rounds")
 

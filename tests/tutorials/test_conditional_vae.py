@@ -297,6 +297,24 @@ def test_alternation_ends_at_the_encoder_when_all_is_seen(
     _check_moments(references.alternation(vae, seen, DRAWS, num_rounds=2), exact)
 
 
+def test_alternation_stays_within_limits(
+    digit_autoencoder: ModuleType, references: ModuleType
+) -> None:
+    """An autoencoder that doubles what it gets: chains run away where nothing holds them."""
+    vae = digit_autoencoder.VAE("gaussian", 2, num_elements=2).requires_grad_(False)
+    vae.encoder, vae.decoder = nn.Linear(2, 4), nn.Linear(2, 2)
+    for layer in (vae.encoder, vae.decoder):
+        layer.requires_grad_(False)
+        layer.bias.zero_()
+        layer.weight.zero_()
+        layer.weight[:2, :2] = 2**0.5 * torch.eye(2)
+    question = references.Questions(torch.ones(1, 2), torch.tensor([[True, False]]))
+    free = references.alternation(vae, question, 10, num_rounds=20)
+    assert (free[..., 1].abs() > 100).any()
+    kept = references.alternation(vae, question, 10, num_rounds=20, limits=(0.0, 1.0))
+    assert (kept.abs() < 2**0.5 + 5).all()
+
+
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_scores_are_of_what_was_not_seen(
     digit_autoencoder: ModuleType, references: ModuleType, likelihood: str

@@ -211,7 +211,13 @@ def rejection(
 
 
 @torch.no_grad()
-def alternation(vae: Any, questions: Questions, num: int, num_rounds: int = 50) -> Tensor:
+def alternation(
+    vae: Any,
+    questions: Questions,
+    num: int,
+    num_rounds: int = 50,
+    limits: tuple[float, float] | None = None,
+) -> Tensor:
     """
     Fill the gaps with noise, then encode and decode in turns, for many chains at once.
 
@@ -221,6 +227,8 @@ def alternation(vae: Any, questions: Questions, num: int, num_rounds: int = 50) 
     :param Questions questions: what was seen.
     :param int num: chains of each row, each of which gives its last latent vector.
     :param int num_rounds: turns of each chain.
+    :param limits: the smallest and the largest value of an element. Guesses are kept between them:
+        elsewhere the encoder has learned nothing, and chains may run away.
     :returns: shape ``(num, rows, latent_size)``.
     """
     x, mask = questions
@@ -231,6 +239,8 @@ def alternation(vae: Any, questions: Questions, num: int, num_rounds: int = 50) 
     for _ in range(num_rounds):
         z = vae.encode(torch.where(mask, x, guess)).sample()
         guess = vae.elements(z).sample()
+        if limits is not None:
+            guess = guess.clamp(*limits)
     return z
 
 
