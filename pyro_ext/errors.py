@@ -7,6 +7,7 @@ an exception.
 
 __all__ = [
     "DegenerateWeightsError",
+    "DiscreteDataWarning",
     "InitializationError",
     "ModelStructureError",
     "NormalizerWarning",
@@ -47,3 +48,7 @@ class PrecisionWarning(UserWarning):
 
 class NormalizerWarning(UserWarning):
     """Estimates of the normaliser of a density are not what quadrature gives."""
+
+
+class DiscreteDataWarning(UserWarning):
+    """Data of a continuous density look like integers."""

@@ -8,6 +8,8 @@ from .dequantization import DequantizedFlow as DequantizedFlow
 from .dequantization import UniformDequantization as UniformDequantization
 from .dequantization import VariationalDequantization as VariationalDequantization
 from .dequantization import bits_per_dimension as bits_per_dimension
+from .diffusion import ScoreFlow as ScoreFlow
+from .diffusion import ScoreFlowDistribution as ScoreFlowDistribution
 from .energy import AutoregressiveEnergyMachine as AutoregressiveEnergyMachine
 from .energy import EnergyMachineDistribution as EnergyMachineDistribution
 from .energy import KernelDensityAEM as KernelDensityAEM
@@ -27,6 +29,8 @@ __all__ = [
     "KernelDensityAEM",
     "NeuralSplineFlow",
     "NormalGamma",
+    "ScoreFlow",
+    "ScoreFlowDistribution",
     "UniformDequantization",
     "VariationalDequantization",
     "bits_per_dimension",

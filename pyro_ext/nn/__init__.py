@@ -12,8 +12,11 @@ from .exponential_family import NormalHead as NormalHead
 from .masked import ResMADE as ResMADE
 from .masked import SequentialState as SequentialState
 from .residual import ResidualNetwork as ResidualNetwork
+from .score import ScoreNetwork as ScoreNetwork
+from .score import TimeEmbedding as TimeEmbedding
 from .sufficient_statistics import PointwiseStatistics as PointwiseStatistics
 from .sufficient_statistics import SoftMoments as SoftMoments
+from .unet import UNet as UNet
 
 __all__ = [
     "BernoulliHead",
@@ -28,6 +31,9 @@ __all__ = [
     "ResMADE",
     "ResidualConvolutionalNetwork",
     "ResidualNetwork",
+    "ScoreNetwork",
     "SequentialState",
     "SoftMoments",
+    "TimeEmbedding",
+    "UNet",
 ]

@@ -1,0 +1,132 @@
+"""Networks over noisy data and time, whose output has the shape of the data."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from .block import check_settings
+from .fourier import waves
+from .residual import ResidualNetwork
+
+__all__ = ["ScoreNetwork", "TimeEmbedding"]
+
+
+class TimeEmbedding(nn.Module):
+    r"""
+    Features of time: sines and cosines of several frequencies, and a small network of them.
+
+    .. math:: \sin(\omega_k t), \cos(\omega_k t), \quad
+        \omega_k = 2 \pi \cdot \tfrac14 \dots \text{max\_frequency}
+
+    in a geometric sequence, for t from 0 to 1.
+
+    :param int features: size of the result.
+    :param int number: number of frequencies.
+    :param float max_frequency: the largest one, in waves over the range of t.
+    :raises ValueError: if a size is too small.
+
+    >>> from pyro_ext.nn import TimeEmbedding
+    >>> TimeEmbedding(16)(torch.rand(5)).shape
+    torch.Size([5, 16])
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, features: int, *, number: int = 8, max_frequency: float = 16.0) -> None:
+        super().__init__()
+        check_settings(0.0, features=(features, 1), number=(number, 2))
+        exponents = torch.linspace(0, 1, number)
+        frequencies = 0.25 * (max_frequency / 0.25) ** exponents
+        self.register_buffer("frequencies", 2 * math.pi * frequencies)
+        self.layers = nn.Sequential(
+            nn.Linear(2 * number, features), nn.SiLU(), nn.Linear(features, features)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """
+        Evaluate.
+
+        :param Tensor t: shape ``(...)``.
+        :returns: shape ``(..., features)``.
+        """
+        angles = t.unsqueeze(-1) * self.frequencies
+        return self.layers(torch.cat([angles.sin(), angles.cos()], -1))
+
+
+class ScoreNetwork(nn.Module):
+    """
+    A fully connected residual network of vectors and time.
+
+    Time, and the context if there is one, gate the blocks of a
+    :class:`~pyro_ext.nn.ResidualNetwork`, and scale its last hidden layer. The output is zero at
+    the start.
+
+    :param int features: size of the data.
+    :param int hidden_features: size of the hidden layers.
+    :param int context_features: size of a context, 0 for none.
+    :param int residual_blocks: number of blocks, each of two layers.
+    :param int time_features: size of the features of time.
+    :param int frequencies: waves of each number that are put next to it, for densities with
+        fine structure.
+    :param float dropout: probability of dropping an input of the second layer of a block.
+    :raises ValueError: if a size is too small.
+
+    >>> from pyro_ext.nn import ScoreNetwork
+    >>> network = ScoreNetwork(3, context_features=2)
+    >>> network(torch.randn(10, 3), torch.rand(10), torch.randn(10, 2)).abs().max()
+    tensor(0., grad_fn=<MaxBackward1>)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int = 128,
+        *,
+        context_features: int = 0,
+        residual_blocks: int = 3,
+        time_features: int = 32,
+        frequencies: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_settings(
+            dropout,
+            features=(features, 1),
+            context_features=(context_features, 0),
+            frequencies=(frequencies, 0),
+        )
+        self.context_features, self.frequencies = context_features, frequencies
+        self.time = TimeEmbedding(time_features)
+        condition = time_features + context_features
+        self.body = ResidualNetwork(
+            features * (1 + 2 * frequencies),
+            hidden_features,
+            hidden_features,
+            context_features=condition,
+            residual_blocks=residual_blocks,
+            activation=silu,
+            dropout=dropout,
+        )
+        self.gain = nn.Linear(condition, hidden_features)
+        self.output = nn.Linear(hidden_features, features)
+        for parameter in [*self.gain.parameters(), *self.output.parameters()]:
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """
+        Evaluate.
+
+        :param Tensor x: shape ``(n, features)``.
+        :param Tensor t: from 0 to 1, shape ``(n,)``.
+        :param Tensor context: shape ``(n, context_features)``.
+        :returns: shape ``(n, features)``.
+        """
+        condition = silu(self.time(t))
+        if context is not None:
+            condition = torch.cat([condition, context], -1)
+        hidden = silu(self.body(waves(x, self.frequencies), condition))
+        return self.output(hidden * (1 + self.gain(condition)))
