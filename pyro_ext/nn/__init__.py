@@ -11,6 +11,7 @@ from .exponential_family import NormalGammaHead as NormalGammaHead
 from .exponential_family import NormalHead as NormalHead
 from .masked import ResMADE as ResMADE
 from .masked import SequentialState as SequentialState
+from .pairs import PairLogits as PairLogits
 from .residual import ResidualNetwork as ResidualNetwork
 from .score import ScoreNetwork as ScoreNetwork
 from .score import TimeEmbedding as TimeEmbedding
@@ -27,6 +28,7 @@ __all__ = [
     "GammaHead",
     "NormalGammaHead",
     "NormalHead",
+    "PairLogits",
     "PointwiseStatistics",
     "ResMADE",
     "ResidualConvolutionalNetwork",
