@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyro_ext.distributions import NormalGamma
-from pyro_ext.nn import NormalGammaHead, SoftMoments
+from pyro_ext.nn import NormalGammaHead, PairLogits, SoftMoments
 
 NUM_CLUSTERS = 3
 NUM_FEATURES = 2
@@ -52,11 +52,8 @@ class Proposals(nn.Module):
         self.head = NormalGammaHead(**PRIOR)
         self.first_moments = SoftMoments(NUM_FEATURES, NUM_CLUSTERS, NUM_FEATURES)
         self.moments = SoftMoments(NUM_FEATURES + NUM_CLUSTERS, NUM_CLUSTERS, NUM_FEATURES)
-        # how well a point fits to a cluster: a layer tanh(A x_n + B cluster_i + b), and a sum,
-        # whose bias would be the same for all clusters
-        self.of_point = nn.Linear(NUM_FEATURES, hidden_features, bias=False)
-        self.of_cluster = nn.Linear(2 * NUM_FEATURES, hidden_features)
-        self.to_logit = nn.Linear(hidden_features, 1, bias=False)
+        # how well a point fits to a cluster: a hidden layer on every pair of them
+        self.fit = PairLogits(NUM_FEATURES, 2 * NUM_FEATURES, hidden_features)
 
     def encode(self, x, mask=None):
         with pyro.plate("data_sets", len(x), dim=-2):
@@ -82,16 +79,7 @@ class Proposals(nn.Module):
             pyro.sample("assignment", dist.Categorical(logits=self.assignment_logits(latents, x)))
 
     def assignment_logits(self, latents, x):
-        offset = self.of_cluster(latents["cluster"].flatten(-2)).unsqueeze(-3)
-        slope = self.of_point.weight.T.unsqueeze(-2)
-        slope = slope.expand(*offset.shape[:-3], -1, NUM_CLUSTERS, -1)
-        # all clusters in one product of matrices, which is what this costs least as
-        layer = torch.cat([slope, offset], -3)
-        points = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-        # tanh(h) = 2 sigmoid(2 h) - 1, where the 1 is again the same for all clusters: a sigmoid
-        # costs a fraction of a tanh
-        hidden = torch.sigmoid(points @ (2 * layer).flatten(-2))
-        return 2 * self.to_logit(hidden.unflatten(-1, layer.shape[-2:])).squeeze(-1)
+        return self.fit(x, latents["cluster"].flatten(-2))
 
 
 class ExactProposals(Proposals):
