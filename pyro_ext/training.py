@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .averaging import averaged, update_average
 from .errors import PyroExtError
+from .training_data import Data, checked_data
 
 __all__ = ["FitResult", "Loss", "fit_density"]
 
@@ -65,6 +67,7 @@ def fit_density(
     max_gradient_norm: float | None = 5.0,
     evaluate_every: int = 250,
     patience: int | None = None,
+    ema_decay: float | None = None,
     loss: Loss | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -96,6 +99,9 @@ def fit_density(
     :param max_gradient_norm: longer gradients are shortened to this norm; ``None`` for never.
     :param int evaluate_every: steps between evaluations, and between writes of the checkpoint.
     :param patience: stop after this many evaluations in a row without improvement.
+    :param ema_decay: average weights over steps, each of them counting this much less than the
+        next, 0.999 say: the averages are what is evaluated on the validation data, and what the
+        flow ends with; ``None`` for the weights themselves.
     :param loss: scalar to minimise instead, called as ``loss(flow, x, context)``.
     :param bool progress: show a progress bar with the running loss and the last evaluation.
     :param checkpoint: path of a file that the state is written to, and resumed from where it
@@ -124,7 +130,7 @@ def fit_density(
         tensor(True)
     """
     parameters = _checked_parameters(flow)
-    data, held_out = _checked_data(train, context, validation)
+    data, held_out = checked_data(train, context, validation)
     settings = {
         "num_steps": num_steps,
         "batch_size": batch_size,
@@ -134,6 +140,8 @@ def fit_density(
         "evaluate_every": evaluate_every,
         "patience": patience,
     }
+    if ema_decay is not None:
+        settings["ema_decay"] = ema_decay
     _check_settings(settings, held_out)
     settings |= {"batch_size": min(batch_size, len(train)), "rows": len(train)}
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -161,22 +169,10 @@ def fit_density(
         bar.close()
         if run.best_weights is not None:
             flow.load_state_dict(run.best_weights)
+        elif run.average is not None:
+            flow.load_state_dict(run.average, strict=False)
         flow.train(was_training)
     return run.result()
-
-
-class _Data(NamedTuple):
-    x: Tensor
-    context: Tensor | None
-
-    def rows(self, index: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Some rows, with the dtype and on the device of a parameter."""
-        x = self.x[index.to(self.x.device)].to(like)
-        if self.context is None:
-            return x, None
-        # a class, say, stays an integer
-        dtype = like.dtype if self.context.is_floating_point() else self.context.dtype
-        return x, self.context[index.to(self.context.device)].to(like.device, dtype)
 
 
 @dataclass
@@ -194,6 +190,7 @@ class _Run:
     losses: list[float] = field(default_factory=list)
     validation_steps: list[int] = field(default_factory=list)
     validation_values: list[float] = field(default_factory=list)
+    average: dict[str, Tensor] | None = None
     best_weights: dict[str, Tensor] | None = None
     best_step: int = 0
     skipped_in_a_row: int = 0
@@ -280,8 +277,8 @@ class _Run:
 
 def _train(
     run: _Run,
-    data: _Data,
-    held_out: _Data | None,
+    data: Data,
+    held_out: Data | None,
     loss: Loss,
     path: Path | None,
     bar: Any,
@@ -312,7 +309,7 @@ def _train(
             run.save(path)
 
 
-def _initialize(run: _Run, data: _Data) -> None:
+def _initialize(run: _Run, data: Data) -> None:
     initialize = getattr(run.flow, "initialize", None)
     if initialize is None:
         return
@@ -325,7 +322,7 @@ def _initialize(run: _Run, data: _Data) -> None:
             initialize(x)
 
 
-def _take_step(run: _Run, data: _Data, loss: Loss) -> float:
+def _take_step(run: _Run, data: Data, loss: Loss) -> float:
     """One step of Adam on the next minibatch, and its loss."""
     fraction = run.step / run.settings["num_steps"]
     for group in run.optimizer.param_groups:
@@ -343,6 +340,8 @@ def _take_step(run: _Run, data: _Data, loss: Loss) -> float:
     run.is_consistent = False
     if is_finite:
         run.optimizer.step()
+    if (decay := run.settings.get("ema_decay")) is not None:
+        run.average = update_average(run.average, run.flow, decay, run.step)
     run.skipped_in_a_row = 0 if is_finite else run.skipped_in_a_row + 1
     run.num_skipped += not is_finite
     run.losses.append(value)
@@ -358,13 +357,13 @@ def _take_step(run: _Run, data: _Data, loss: Loss) -> float:
     return value
 
 
-def _evaluate(run: _Run, held_out: _Data, loss: Loss) -> None:
+def _evaluate(run: _Run, held_out: Data, loss: Loss) -> None:
     """Evaluate on the validation data, and keep the weights if they are the best so far."""
     total, num_rows = 0.0, len(held_out.x)
     rows_at_once = 4 * run.settings["batch_size"]
     run.flow.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), averaged(run.flow, run.average):
             for rows in torch.arange(num_rows).split(rows_at_once):
                 x, context = held_out.rows(rows, run.parameter)
                 total -= float(_scalar_loss(loss, run.flow, x, context)) * len(x)
@@ -375,7 +374,7 @@ def _evaluate(run: _Run, held_out: _Data, loss: Loss) -> None:
     run.validation_steps.append(run.step)
     run.validation_values.append(value)
     if math.isfinite(value) and value > best:
-        weights = run.flow.state_dict()
+        weights = run.flow.state_dict() | (run.average or {})
         run.best_weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
         run.best_step = run.step
     elif (patience := run.settings["patience"]) is not None:
@@ -417,58 +416,7 @@ def _checked_parameters(flow: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def _checked_data(
-    train: Tensor, context: Tensor | None, validation: Tensor | tuple[Tensor, Tensor] | None
-) -> tuple[_Data, _Data | None]:
-    data = _checked_rows("train", train, "context", context)
-    if validation is None:
-        return data, None
-    is_pair = isinstance(validation, tuple)
-    if is_pair != (context is not None) or (is_pair and len(validation) != 2):
-        wanted = "one tensor" if context is None else "the pair (x, context)"
-        raise ValueError(
-            f"validation must be {wanted}, as context is {'' if context is None else 'not '}None."
-        )
-    x, its_context = validation if isinstance(validation, tuple) else (validation, None)
-    held_out = _checked_rows("validation", x, "context of validation", its_context)
-    for name, ours, theirs in zip(("", "context of "), data, held_out, strict=True):
-        if ours is not None and theirs is not None and ours.shape[1:] != theirs.shape[1:]:
-            raise ValueError(
-                f"Rows of {name}validation have shape {tuple(theirs.shape[1:])}, those of "
-                f"{name}train {tuple(ours.shape[1:])}."
-            )
-    return data, held_out
-
-
-def _checked_rows(name: str, x: Tensor, context_name: str, context: Tensor | None) -> _Data:
-    _check_tensor(name, x)
-    if not x.is_floating_point():
-        raise TypeError(
-            f"{name} must be floating point, got {x.dtype}. A density of continuous variables "
-            "can grow without bound on integers: dequantise them, for example by (x + "
-            "torch.rand(x.shape)) / number_of_levels; for a flow that dequantises, give x.float()."
-        )
-    if context is not None:
-        _check_tensor(context_name, context)
-        if len(context) != len(x):
-            raise ValueError(f"{context_name} has {len(context)} rows, {name} has {len(x)}.")
-    return _Data(x, context)
-
-
-def _check_tensor(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
-    if x.dim() == 0 or len(x) == 0:
-        raise ValueError(f"{name} must have at least one row, got shape {tuple(x.shape)}.")
-    is_bad = ~x.isfinite().flatten(1).all(1) if x.dim() > 1 else ~x.isfinite()
-    if is_bad.any():
-        raise ValueError(
-            f"{name} has NaN or infinite values in {int(is_bad.sum())} of {len(x)} rows, the "
-            f"first of them row {int(is_bad.nonzero()[0])}: leave those rows out or fill them in."
-        )
-
-
-def _check_settings(settings: dict[str, Any], held_out: _Data | None) -> None:
+def _check_settings(settings: dict[str, Any], held_out: Data | None) -> None:
     counts = {name: settings[name] for name in ("num_steps", "batch_size", "evaluate_every")}
     if settings["patience"] is not None:
         counts["patience"] = settings["patience"]
@@ -484,6 +432,10 @@ def _check_settings(settings: dict[str, Any], held_out: _Data | None) -> None:
     if not 0 <= settings["weight_decay"] < math.inf:
         raise ValueError(
             f"weight_decay must be a number of at least 0, got {settings['weight_decay']}."
+        )
+    if not 0 <= settings.get("ema_decay", 0.0) < 1:
+        raise ValueError(
+            f"ema_decay must be a number of at least 0 and below 1, got {settings['ema_decay']}."
         )
     if settings["max_gradient_norm"] is not None and not settings["max_gradient_norm"] > 0:
         raise ValueError(

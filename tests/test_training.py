@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyro_ext.averaging import averaged, update_average
 from pyro_ext.errors import PyroExtError
 from pyro_ext.training import FitResult, fit_density
 
@@ -252,6 +253,35 @@ def test_the_best_weights_are_restored() -> None:
     assert value == pytest.approx(float(result.validation_log_likelihoods.max()), rel=1e-12)
 
 
+def test_averaged_weights_are_the_mean_of_those_of_the_steps() -> None:
+    module = AffineGaussian()
+    steps = torch.randn(20, 2)
+    average = None
+    expected = steps[0]
+    for step, weight in enumerate(steps):
+        module.mean.data.copy_(weight)
+        average = update_average(average, module, 0.8, step)
+        decay = min(0.8, (1 + step) / (10 + step)) if step else 0.0
+        expected = decay * expected + (1 - decay) * weight
+    assert average is not None
+    torch.testing.assert_close(average["mean"], expected)
+    with averaged(module, average):
+        assert torch.equal(module.mean, average["mean"])
+    assert torch.equal(module.mean, steps[-1])
+
+
+def test_averaged_weights_are_what_is_evaluated_and_kept() -> None:
+    x = torch.randn(30, 2) + 2
+    flow = AffineGaussian()
+    settings = {"num_steps": 12, "batch_size": 10, "learning_rate": 0.1, "evaluate_every": 4}
+    result = fit(flow, x, validation=x, ema_decay=0.5, **settings)
+    kept = float(flow().log_prob(x).mean())
+    assert kept == pytest.approx(float(result.validation_log_likelihoods.max()), abs=1e-12)
+    plain = AffineGaussian()
+    fit(plain, x, validation=x, **settings)
+    assert not torch.equal(plain.mean, flow.mean)
+
+
 def test_evaluations_are_where_they_should_be() -> None:
     train = torch.randn(50, 2)
     result = fit(AffineGaussian(), train, validation=train, num_steps=25, evaluate_every=10)
@@ -359,6 +389,7 @@ CASES = {
     "own generator": {},
     "global generator": {"generator": None},
     "validation and patience": {"patience": 50, "evaluate_every": 3},
+    "averaged weights": {"ema_decay": 0.9},
 }
 
 
@@ -528,6 +559,7 @@ def with_value(value: float, *rows: int) -> Tensor:
         ({"learning_rate": math.nan}, ValueError, "learning_rate must be a positive number"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay"),
         ({"max_gradient_norm": 0.0}, ValueError, "max_gradient_norm must be positive or None"),
+        ({"ema_decay": 1.0}, ValueError, "ema_decay must be a number of at least 0 and below 1"),
         ({"loss": lambda flow, x, c: flow.mean}, ValueError, r"one number, got shape \(2,\)"),
     ],
 )
