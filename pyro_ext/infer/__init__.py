@@ -3,6 +3,7 @@
 from .apg import APG as APG
 from .apg import ExactBlock as ExactBlock
 from .apg import WeightedSamples as WeightedSamples
+from .apg import WithFactors as WithFactors
 from .auto_spline_flow import AutoSplineFlow as AutoSplineFlow
 from .conditional_prior import ConditionalPriorGuide as ConditionalPriorGuide
 from .constrained_hmc import ConstrainedHMC as ConstrainedHMC
@@ -18,4 +19,5 @@ __all__ = [
     "ConstrainedNUTS",
     "ExactBlock",
     "WeightedSamples",
+    "WithFactors",
 ]

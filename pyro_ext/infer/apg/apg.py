@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...ops.resampling import RESAMPLERS, Resampler
 from .exact_block import ExactBlock
+from .factors import WithFactors
 from .objective import APGObjective, Kernels
 from .sweep import Particles
 from .weighted_samples import WeightedSamples, record_history
@@ -56,7 +57,8 @@ class APG:
     :param model: a Pyro model with observations.
     :param encoder: a Pyro program that samples all latent sites of the model.
     :param kernels: one for each block, in the order of the updates: functions of ``(latents,
-        *args)``, or :class:`ExactBlock`. Where the number of blocks depends on the data, a
+        *args)``, :class:`ExactBlock`, or :class:`WithFactors`, which makes updates of small parts
+        of large models cheap. Where the number of blocks depends on the data, a
         function of ``(*args)`` that returns them; ``functools.partial`` makes one kernel serve
         many blocks. Empty for reweighted wake-sleep, with ``num_sweeps=1``.
     :param optim: an optimizer of Pyro, or one of torch for ``objective.parameters()``; only
@@ -277,8 +279,10 @@ def _check_programs(model: Any, encoder: Any, kernels: Any) -> None:
     if callable(kernels):
         return
     for kernel in kernels:
-        if not callable(kernel) and not isinstance(kernel, ExactBlock):
-            raise TypeError(f"kernels has {kernel!r}: give functions or ExactBlock(...).")
+        if not callable(kernel) and not isinstance(kernel, ExactBlock | WithFactors):
+            raise TypeError(
+                f"kernels has {kernel!r}: give functions, ExactBlock(...) or WithFactors(...)."
+            )
 
 
 def _resampler(resampler: str | Resampler | None) -> Resampler | None:

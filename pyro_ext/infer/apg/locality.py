@@ -1,4 +1,4 @@
-"""Whether the elements of a local plate are as independent as they are said to be."""
+"""Whether densities depend on no more than they are said to depend on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from .exact_block import ExactBlock
 from .recording import site_log_prob
 from .structure import Block, Programs
-from .sweep import evaluate, initialize, propose
+from .sweep import Particles, evaluate, evaluate_update, initialize, propose
 
-__all__ = ["check_local_blocks"]
+__all__ = ["check_factors", "check_local_blocks"]
 
 
 @torch.no_grad()
@@ -61,3 +61,67 @@ def _compare(
                 f"density of {name!r} depends on it {where}. The elements of a local plate are "
                 "independent given all else: take the plate out of local_plates."
             )
+
+
+@torch.no_grad()
+def check_factors(programs: Programs) -> None:
+    """
+    Update every block that has factors, and compare their density with that of the whole model.
+
+    :param Programs programs: the programs and their arguments.
+    :raises ValueError: if factors lack a site of their block, have one that the model does not
+        have, or change by another amount than the model does.
+    """
+    blocks = [block for block in programs.structure.blocks if block.factors is not None]
+    blocks = [block for block in blocks if not isinstance(block.kernel, ExactBlock)]
+    if not blocks:
+        return
+    particles = first = initialize(programs, 2).particles
+    for block in blocks:
+        _check_sites_of_factors(programs, block, particles)
+        particles = _updated(programs, block, particles)
+    if _agree(programs, particles):
+        return
+    for block in blocks:  # whose fault was it?
+        if not _agree(programs, _updated(programs, block, first)):
+            raise ValueError(
+                f"The factors of block {list(block.sites)} change by another amount than the "
+                "density of the model does when the block is updated. They need every site whose "
+                "density depends on the block, observed ones too, exactly as in the model."
+            )
+
+
+def _updated(programs: Programs, block: Block, particles: Particles) -> Particles:
+    latents = {**particles.latents, **propose(programs, block, particles).values}
+    log_joint = evaluate_update(programs, block, particles, latents).log_joint
+    return particles._replace(latents=latents, log_joint=log_joint)
+
+
+def _agree(programs: Programs, particles: Particles) -> bool:
+    """Whether the density of the particles is that of the model, up to rounding."""
+    density = evaluate(programs, particles.latents)
+    difference = (particles.log_joint - density.log_joint).abs()
+    # in comparison with the sum of the absolute terms, which may cancel in the density itself
+    size = sum(
+        (site_log_prob(site, site.value).abs().sum() for site in density.sites.values()),
+        torch.zeros_like(density.log_joint).sum(),
+    )
+    tolerance = torch.finfo(density.log_joint.dtype).eps ** 0.75 * size
+    return bool((difference.isnan() | (difference <= tolerance)).all())
+
+
+def _check_sites_of_factors(programs: Programs, block: Block, particles: Particles) -> None:
+    sites = evaluate(programs, particles.latents, block.factors).sites
+    missing = sorted(set(block.sites) - set(sites))
+    if missing:
+        raise ValueError(
+            f"The factors of block {list(block.sites)} have no site {missing}. The density of the "
+            "block itself is one of them."
+        )
+    unknown = [name for name, site in sites.items() if not site.is_observed]
+    unknown = sorted(set(unknown) - set(programs.structure.sites))
+    if unknown:
+        raise ValueError(
+            f"The factors of block {list(block.sites)} sample {unknown}, no latent site of the "
+            f"model. Its latent sites are {sorted(programs.structure.sites)}."
+        )

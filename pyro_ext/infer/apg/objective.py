@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from ...ops.resampling import Resampler
 from ...poutine.frozen import FrozenMessenger
 from .exact_block import ExactBlock
-from .locality import check_local_blocks
-from .structure import Programs, Structure, inspect_programs
+from .factors import WithFactors
+from .locality import check_factors, check_local_blocks
+from .structure import Block, Programs, Structure, inspect_programs, split_kernel
 from .sweep import Update, updates
 from .weighted_samples import History, record_history
 
 __all__ = ["APGObjective", "Gradients", "Kernels", "update_loss"]
 
-Kernels = Sequence[Callable[..., Any] | ExactBlock] | Callable[..., Sequence[Any]]
+Kernels = Sequence[Callable[..., Any] | ExactBlock | WithFactors] | Callable[..., Sequence[Any]]
 
 
 class Gradients(NamedTuple):
@@ -118,10 +119,12 @@ class APGObjective(nn.Module):
             structure = inspect_programs(
                 model, encoder, kernels, args, kwargs, self.batch_plate, self.local_plates
             )
-            check_local_blocks(Programs(model, encoder, args, kwargs, structure))
+            programs = Programs(model, encoder, args, kwargs, structure)
+            check_local_blocks(programs)
+            check_factors(programs)
         elif callable(given):  # new kernels for the same blocks
             pairs = zip(structure.blocks, kernels, strict=True)
-            blocks = tuple(block._replace(kernel=kernel) for block, kernel in pairs)
+            blocks = tuple(_with_kernel(block, kernel) for block, kernel in pairs)
             structure = structure._replace(blocks=blocks)
         self._structure = structure
         return Programs(model, encoder, args, kwargs, structure)
@@ -200,6 +203,11 @@ class APGObjective(nn.Module):
         return _ReadyGradient.apply(loss, gradients, *parameters)
 
 
+def _with_kernel(block: Block, given: Any) -> Block:
+    kernel, factors = split_kernel(given)
+    return block._replace(kernel=kernel, factors=factors)
+
+
 class _ReadyGradient(torch.autograd.Function):
     """A scalar with gradients that were computed before."""
 
@@ -255,7 +263,10 @@ def _trained_modules(programs: Sequence[Any]) -> list[nn.Module]:
 
 def _unwrapped(program: Any) -> Iterator[Any]:
     """The function inside of handlers and partial functions, if none of them freezes it."""
-    if isinstance(program, functools.partial):
+    if isinstance(program, WithFactors):
+        yield from _unwrapped(program.kernel)
+        yield from _unwrapped(program.factors)
+    elif isinstance(program, functools.partial):
         if any(isinstance(part, FrozenMessenger) for part in program.args):
             return
         handled = unwrap(program)

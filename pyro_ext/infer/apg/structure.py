@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ...poutine.sites import delta, is_computed
 from .exact_block import ExactBlock
+from .factors import WithFactors
 from .recording import PARTICLES, RecordedSite, Recorder, run
 
-__all__ = ["Block", "Programs", "Rest", "Structure", "inspect_programs"]
+__all__ = ["Block", "Programs", "Rest", "Structure", "inspect_programs", "split_kernel"]
 
 Kernel = Callable[..., Any]
 
@@ -25,6 +26,7 @@ class Block(NamedTuple):
     kernel: Kernel | ExactBlock
     sites: tuple[str, ...]
     local_plate: str | None  # the plate whose elements are independent given all other sites
+    factors: Kernel | None = None  # what the block changes of the model; by default all of it
 
     @property
     def name(self) -> str:
@@ -72,7 +74,7 @@ class Rest(dict[str, Tensor]):
 def inspect_programs(
     model: Callable[..., Any],
     encoder: Callable[..., Any],
-    kernels: Sequence[Kernel | ExactBlock],
+    kernels: Sequence[Kernel | ExactBlock | WithFactors],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     batch_plate: str | None,
@@ -97,6 +99,11 @@ def inspect_programs(
         nesting = max((-frame.dim for frame in frames.values()), default=0)
         _check_plates(alone, batch_plate, nesting)
         local_dims = _local_dims(frames, local_plates, batch_plate)
+        if local_dims and any(isinstance(kernel, WithFactors) for kernel in kernels):
+            raise ValueError(
+                f"local_plates={sorted(local_dims)} and WithFactors do not go together: factors "
+                "have no density for every element of a plate. Leave one of the two out."
+            )
         _check_subsampling(alone, "model")
         if any(isinstance(kernel, ExactBlock) for kernel in kernels):
             _check_unscaled(alone)
@@ -116,7 +123,8 @@ def inspect_programs(
 
         blocks: list[Block] = []
         owners: dict[str, int] = {}
-        for index, kernel in enumerate(kernels):
+        for index, given in enumerate(kernels):
+            kernel, factors = split_kernel(given)
             if isinstance(kernel, ExactBlock):
                 sites = _check_exact(kernel, alone)
             else:
@@ -128,7 +136,8 @@ def inspect_programs(
                         "belongs to one block: split or join the kernels."
                     )
                 owners[name] = index
-            blocks.append(Block(kernel, sites, _local_plate(sites, reference, local_plates)))
+            plate = _local_plate(sites, reference, local_plates)
+            blocks.append(Block(kernel, sites, plate, factors))
     missing = sorted(set(latents) - set(owners))
     if missing and kernels:
         raise ValueError(
@@ -136,6 +145,17 @@ def inspect_programs(
             "for them, or ExactBlock(...) if they are discrete."
         )
     return Structure(tuple(latents), tuple(blocks), nesting, int(bool(batch_plate)), local_dims)
+
+
+def split_kernel(
+    given: Kernel | ExactBlock | WithFactors,
+) -> tuple[Kernel | ExactBlock, Kernel | None]:
+    """
+    Kernel and factors of a block.
+
+    :param given: one of the kernels as the user gave them.
+    """
+    return (given.kernel, given.factors) if isinstance(given, WithFactors) else (given, None)
 
 
 def _latent_sites(recorder: Recorder) -> dict[str, RecordedSite]:

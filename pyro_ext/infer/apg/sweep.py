@@ -21,6 +21,7 @@ __all__ = [
     "Update",
     "Weighed",
     "evaluate",
+    "evaluate_update",
     "initialize",
     "propose",
     "resample",
@@ -78,16 +79,24 @@ class Update(NamedTuple):
     parameters: dict[str, Tensor]
 
 
-def evaluate(programs: Programs, latents: Mapping[str, Tensor]) -> Density:
+def evaluate(
+    programs: Programs,
+    latents: Mapping[str, Tensor],
+    factors: Callable[..., Any] | None = None,
+) -> Density:
     """
     Evaluate the log joint density of the model at all particles.
 
     :param Programs programs: has the model.
     :param latents: values of all latent sites, ``(particles, ...)``.
+    :param factors: a part of the model to evaluate instead, a function of ``(latents, *args)``.
     """
     structure = programs.structure
     num_particles = len(next(iter(latents.values())))
-    recorder = _run(programs, programs.model, programs.args, latents, num_particles)
+    program, args = programs.model, programs.args
+    if factors is not None:
+        program, args = factors, (latents, *args)
+    recorder = _run(programs, program, args, latents, num_particles)
     num_leading = 1 + structure.num_batch
     terms: list[Tensor] = []
     local: dict[str, list[Tensor]] = {plate: [] for plate in structure.local_dims}
@@ -98,11 +107,33 @@ def evaluate(programs: Programs, latents: Mapping[str, Tensor]) -> Density:
             local[plate].append(total(log_prob, num_leading, structure.local_dims[plate]))
         # of a site inside a local plate, the sum per element is there already
         terms.append(local[inside[0]][-1].sum(-1) if inside else total(log_prob, num_leading))
-    masks = {name: recorder.sites[name].mask for name in structure.sites}
+    masks = {k: recorder.sites[k].mask for k in structure.sites if k in recorder.sites}
     sums = {plate: sum(parts[1:], parts[0]) for plate, parts in local.items() if parts}
     return Density(
         sum(terms[1:], terms[0]), sums, masks, recorder.sites, dict(recorder.parameters)
     )
+
+
+def evaluate_update(
+    programs: Programs, block: Block, particles: Particles, latents: Mapping[str, Tensor]
+) -> Density:
+    """
+    Evaluate the log joint density after an update of a block.
+
+    Where the block has factors, only these are evaluated, before and after, and the rest of the
+    density is that of the particles.
+
+    :param Programs programs: the programs and their arguments.
+    :param Block block: the block that was updated.
+    :param Particles particles: the population before the update.
+    :param latents: values of all latent sites after it.
+    """
+    if block.factors is None:
+        return evaluate(programs, latents)
+    with torch.no_grad():
+        before = evaluate(programs, particles.latents, block.factors).log_joint
+    after = evaluate(programs, latents, block.factors)
+    return after._replace(log_joint=particles.log_joint + (after.log_joint - before))
 
 
 def initialize(programs: Programs, num_particles: int) -> Update:
@@ -228,14 +259,14 @@ def update_block(programs: Programs, block: Block, particles: Particles, sweep: 
             plate_nesting=programs.structure.plate_nesting,
         )
         latents = {**particles.latents, **new}
-        density = evaluate(programs, latents)
+        density = evaluate_update(programs, block, particles, latents)
         # eq. 9 with q = p(z_b | x, z_-b) is 1, whatever rounding would make of it
         log_weights = particles.log_weights
         weighed = Weighed(log_weights, torch.zeros_like(log_weights), None, None, None)
         return _record(sweep, block.name, latents, weighed, density, {}, {})
     draft = propose(programs, block, particles)
     latents = {**particles.latents, **draft.values}
-    density = evaluate(programs, latents)
+    density = evaluate_update(programs, block, particles, latents)
     weighed = weigh(programs, block, particles, draft, density)
     sampled, parameters = draft.forward.sites, draft.forward.parameters
     return _record(sweep, block.name, latents, weighed, density, sampled, parameters)

@@ -37,6 +37,9 @@ class History(NamedTuple):
     local_ess: dict[str, Tensor]
     """The same per element, averaged over them, for the blocks of a local plate; elements that
     are masked count as 1."""
+    block_log_joint: dict[str, Tensor]
+    """Weighted average of the log joint density after every update of a block, ``(sweeps - 1,
+    *data_sets)``, and after the encoder, ``(1, *data_sets)``."""
 
 
 class WeightedSamples(NamedTuple):
@@ -137,6 +140,7 @@ def record_history(updates: Iterable[Update], num_blocks: int) -> tuple[Particle
     log_evidence: list[Tensor] = []
     ess: dict[str, list[Tensor]] = {}
     local_ess: dict[str, list[Tensor]] = {}
+    block_log_joint: dict[str, list[Tensor]] = {}
     particles: Particles | None = None
     for number, update in enumerate(updates):
         particles = update.particles
@@ -146,16 +150,21 @@ def record_history(updates: Iterable[Update], num_blocks: int) -> tuple[Particle
         if update.weighed.local_weights is not None:
             local = update.weighed.local_weights.square().sum(0).reciprocal() / len(log_weights)
             local_ess.setdefault(update.block, []).append(local.mean(-1))
+        # particles of weight zero may have a density of zero: 0 * -inf counts for nothing
+        weights = torch.softmax(log_weights, 0)
+        average = torch.where(weights > 0, weights * particles.log_joint, 0.0).sum(0)
+        block_log_joint.setdefault(update.block, []).append(average)
         if is_first or number % max(num_blocks, 1) == 0:  # the last of its sweep
-            # particles of weight zero may have a density of zero: 0 * -inf counts for nothing
-            weights = torch.softmax(log_weights, 0)
-            terms = torch.where(weights > 0, weights * particles.log_joint, 0.0)
-            log_joint.append(terms.sum(0))
+            log_joint.append(average)
             log_evidence.append(log_mean_exp(log_weights))
     if particles is None:
         raise ValueError("There were no updates.")
     return particles, History(
-        torch.stack(log_joint), torch.stack(log_evidence), _stack(ess), _stack(local_ess)
+        torch.stack(log_joint),
+        torch.stack(log_evidence),
+        _stack(ess),
+        _stack(local_ess),
+        _stack(block_log_joint),
     )
 
 
