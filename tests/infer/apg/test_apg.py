@@ -102,6 +102,13 @@ def test_samples_have_the_shapes_they_say() -> None:
     }
     torch.testing.assert_close(history.ess["label"], torch.ones(4, 4))  # increments of 1
     assert history.local_ess == {}
+    of_blocks = history.block_log_joint
+    assert {k: v.shape for k, v in of_blocks.items()} == {
+        k: v.shape for k, v in history.ess.items()
+    }
+    ends = torch.cat([of_blocks["encoder"], of_blocks["label"]])  # the last block ends a sweep
+    torch.testing.assert_close(history.log_joint, ends)
+    assert (of_blocks["group"] != of_blocks["label"]).any()
     torch.testing.assert_close(history.log_evidence[-1], result.log_evidence)
     assert not any(value.requires_grad for value in result.samples.values())
 
