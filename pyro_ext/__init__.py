@@ -13,6 +13,9 @@ from .infer import AutoSplineFlow as AutoSplineFlow
 from .infer import ConditionalPriorGuide as ConditionalPriorGuide
 from .infer import ConstrainedHMC as ConstrainedHMC
 from .infer import ConstrainedNUTS as ConstrainedNUTS
+from .infer import NeuralLikelihoodEstimator as NeuralLikelihoodEstimator
+from .infer import NeuralPosteriorEstimator as NeuralPosteriorEstimator
+from .infer import NeuralRatioEstimator as NeuralRatioEstimator
 from .poutine import condition_on as condition_on
 from .poutine import frozen as frozen
 from .poutine import lift_observations as lift_observations
@@ -28,6 +31,9 @@ __all__ = [
     "ConditionalPriorGuide",
     "ConstrainedHMC",
     "ConstrainedNUTS",
+    "NeuralLikelihoodEstimator",
+    "NeuralPosteriorEstimator",
+    "NeuralRatioEstimator",
     "NeuralSplineFlow",
     "__version__",
     "condition_on",

@@ -8,6 +8,9 @@ from .auto_spline_flow import AutoSplineFlow as AutoSplineFlow
 from .conditional_prior import ConditionalPriorGuide as ConditionalPriorGuide
 from .constrained_hmc import ConstrainedHMC as ConstrainedHMC
 from .constrained_hmc import ConstrainedNUTS as ConstrainedNUTS
+from .contrastive import NeuralLikelihoodEstimator as NeuralLikelihoodEstimator
+from .contrastive import NeuralPosteriorEstimator as NeuralPosteriorEstimator
+from .contrastive import NeuralRatioEstimator as NeuralRatioEstimator
 from .mcmc import MCMC as MCMC
 
 __all__ = [
@@ -18,6 +21,9 @@ __all__ = [
     "ConstrainedHMC",
     "ConstrainedNUTS",
     "ExactBlock",
+    "NeuralLikelihoodEstimator",
+    "NeuralPosteriorEstimator",
+    "NeuralRatioEstimator",
     "WeightedSamples",
     "WithFactors",
 ]

@@ -1,0 +1,375 @@
+"""What all estimators share: simulate, fit, ask for a posterior, in one round or several."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PyroExtError
+from ...training import FitResult, fit_density
+from .inspection import inspect_model
+from .losses import Batch
+from .observations import ObservationEncoder, flatten, flatten_one
+from .posterior import Posterior
+from .simulations import Simulations, join, make_simulations
+from .simulator import Simulator
+from .sites import constrain, unconstrain, without_transforms
+from .workers import simulate_in_processes
+
+__all__ = ["ContrastiveEstimator"]
+
+
+class ContrastiveEstimator(nn.Module):
+    r"""
+    Base class of estimators that learn a posterior from simulations alone.
+
+    Every estimator is a function :math:`f(\theta, x) = \log p(x \mid \theta) + c(x)` (Durkan et
+    al. 2020, eq. 15), and differs from the others in what :math:`f` is made of.
+
+    :param model: a Pyro model without arguments (bind them by :func:`functools.partial`), whose
+        latent sites are the prior and whose observed sites are the simulator's output, drawn or
+        deterministic. Observations in the model are taken out.
+    :param observed: names of the observed sites.
+    :param latents: names of the latent sites to infer, or patterns as ``"rate_*"``; all when
+        ``None``.
+    :param nuisance: names or patterns of latent sites that are not inferred, but averaged over:
+        the noise inside a simulator.
+    :param embedding: a network for the observed site, or several by site. It gets standardised
+        values with a leading dimension, runs once per observation, and is trained with the rest.
+    :param vectorize: ``"vmap"`` for models written for one run, ``"plate"`` for those written
+        for batches, ``"loop"``; ``None`` takes the first that works.
+    :param float max_failed: largest fraction of failed runs that is no error.
+    :param str support: ``"transform"`` for vectors of unconstrained latents, ``"reject"`` for
+        the latents as they are.
+    """
+
+    is_standardized: Tensor
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        model: Callable[[], Any],
+        *,
+        observed: Sequence[str],
+        latents: Collection[str] | None = None,
+        nuisance: Collection[str] = (),
+        embedding: nn.Module | Mapping[str, nn.Module] | None = None,
+        vectorize: str | None = None,
+        max_failed: float = 0.5,
+        support: str = "transform",
+    ) -> None:
+        super().__init__()
+        if not callable(model):
+            raise TypeError(f"model must be a Pyro model, got {type(model).__name__}.")
+        if not 0.0 <= max_failed < 1.0:
+            raise ValueError(f"max_failed={max_failed!r}: give a fraction of at least 0, below 1.")
+        if support not in ("transform", "reject"):
+            raise ValueError(f"support={support!r}: give 'transform' or 'reject'.")
+        structure = inspect_model(model, observed, latents, nuisance)
+        self.structure = without_transforms(structure) if support == "reject" else structure
+        self.simulator = Simulator(model, self.structure, vectorize)
+        self.max_failed = max_failed
+        self.simulations: Simulations | None = None
+        """All simulations so far, ``None`` before the first."""
+        self.encoder = ObservationEncoder(self.structure, embedding)
+        like = torch.zeros((), dtype=self.structure.dtype, device=self.structure.device)
+        self.register_buffer("is_standardized", torch.tensor(False, device=like.device))
+        self.register_buffer("loc", like.expand(self.structure.features).clone())
+        self.register_buffer("scale", torch.ones_like(self.loc))
+
+    def simulate(
+        self,
+        num_simulations: int,
+        proposal: Posterior | None = None,
+        *,
+        batch_size: int = 1000,
+        num_workers: int = 0,
+        timeout: float | None = None,
+        mp_context: str | None = None,
+    ) -> Simulations:
+        """
+        Run the model, and add the simulations to those that there are.
+
+        A run that raises, or whose observations are not finite, has failed. It stays among the
+        simulations: see :func:`~pyro_ext.infer.contrastive.losses.contrastive_loss`.
+
+        :param int num_simulations: number of runs.
+        :param Posterior proposal: where latents are drawn from; the prior when ``None``.
+        :param int batch_size: runs at once.
+        :param int num_workers: processes to run in, 0 for this one. The model then has to be one
+            that can be sent to them, which for ``mp_context="fork"`` is any.
+        :param timeout: seconds after which a run has failed; needs ``num_workers``.
+        :param mp_context: how processes are started; Python's default when ``None``.
+        :returns: the new simulations.
+        :raises ~pyro_ext.errors.PyroExtError: if more than ``max_failed`` of the runs failed.
+        """
+        _check_counts(num_simulations=num_simulations, batch_size=batch_size)
+        if num_workers < 0 or (timeout is not None and (not num_workers or timeout <= 0)):
+            raise ValueError(
+                f"num_workers={num_workers} and timeout={timeout}: a time limit is a positive "
+                "number of seconds and needs processes that can be stopped, num_workers >= 1."
+            )
+        if proposal is None:
+            unconstrained = self.simulator.draw_prior(num_simulations)
+        else:
+            unconstrained = proposal.draw_unconstrained(num_simulations)
+        if num_workers:
+            outcome = simulate_in_processes(
+                self.simulator,
+                unconstrained,
+                num_workers=num_workers,
+                batch_size=batch_size,
+                timeout=timeout,
+                mp_context=mp_context,
+            )
+            observations, failure = outcome.observations, outcome.failure
+        else:
+            parts = [self.simulator.simulate(u) for u in unconstrained.split(batch_size)]
+            failure = next((part.failure for part in parts if part.failure), "")
+            observations = {
+                name: torch.cat([part.observations[name] for part in parts])
+                for name in self.structure.observed_names
+            }
+        new = make_simulations(
+            constrain(unconstrained, self.structure),
+            observations,
+            self.structure,
+            0 if proposal is None else self._next_round(),
+        )
+        self._check_failures(new, failure)
+        self.simulations = join(self.simulations, new)
+        return new
+
+    def add_simulations(
+        self,
+        latents: Mapping[str, Tensor],
+        observations: Mapping[str, Tensor],
+        *,
+        from_prior: bool = True,
+    ) -> Simulations:
+        """
+        Add simulations that were made elsewhere or before.
+
+        :param latents: values of the latent sites, shape ``(runs, ...)``.
+        :param observations: values of the observed sites; not finite where a run failed.
+        :param bool from_prior: whether the latents are draws from the model's prior. If not,
+            they are taken for a further round.
+        :returns: the new simulations.
+        :raises ValueError: if sites or shapes are not those of the model.
+        """
+        round_index = 0 if from_prior else self._next_round()
+        new = make_simulations(latents, observations, self.structure, round_index)
+        self._check_failures(new, "")
+        self.simulations = join(self.simulations, new)
+        return new
+
+    def fit(
+        self,
+        *,
+        num_epochs: int = 100,
+        batch_size: int = 200,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 0.0,
+        validation_fraction: float = 0.1,
+        patience: int | None = 20,
+        progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> FitResult:
+        """
+        Train on all simulations, from where the networks are.
+
+        Location and scale of latents and observations are taken from the simulations of the
+        first fit. A part of the simulations is held out, and the weights that are best on it are
+        kept. See :func:`~pyro_ext.training.fit_density`, which does it.
+
+        :param int num_epochs: passes over the simulations at most; the step size falls to zero
+            over them.
+        :param int batch_size: simulations in a minibatch, among which each observation finds its
+            contrasting parameters.
+        :param float learning_rate: step size of Adam at the start.
+        :param float weight_decay: weight of the penalty on squared weights.
+        :param float validation_fraction: of the simulations that is held out.
+        :param patience: stop after this many epochs in a row without improvement.
+        :param bool progress: show a progress bar.
+        :param checkpoint: path of a file that the state is written to, and resumed from.
+        :param generator: draws the minibatches; torch's global generator when ``None``.
+        :raises ValueError: if there are too few simulations, or a setting is out of its range.
+        """
+        simulations = self._checked_simulations()
+        _check_counts(num_epochs=num_epochs, batch_size=batch_size)
+        if not 0.0 < validation_fraction < 1.0:
+            raise ValueError(
+                f"validation_fraction={validation_fraction!r}: give a number between 0 and 1."
+            )
+        num = len(simulations.is_valid)
+        num_validation = max(1, round(validation_fraction * num))
+        if num - num_validation < batch_size:
+            raise ValueError(
+                f"There are {num} simulations, of which {num_validation} are held out: too few "
+                f"for minibatches of batch_size={batch_size}. Simulate more, or make it smaller."
+            )
+        self._check_batch_size(batch_size)
+        packed, flat = self._training_data(simulations)
+        # those of each round are at even distances, so that every part has its share of them
+        is_held_out = torch.zeros(num, dtype=torch.bool)
+        is_held_out[torch.linspace(0, num - 1, num_validation).round().long()] = True
+        is_held_out = is_held_out.to(flat.device)
+        steps_per_epoch = (num - num_validation) // batch_size
+        return fit_density(
+            self,
+            packed[~is_held_out],
+            context=flat[~is_held_out],
+            validation=(packed[is_held_out], flat[is_held_out]),
+            num_steps=num_epochs * steps_per_epoch,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            evaluate_every=steps_per_epoch,
+            patience=patience,
+            loss=_loss,
+            progress=progress,
+            checkpoint=checkpoint,
+            generator=generator,
+        )
+
+    def posterior(self, observations: Tensor | Mapping[str, Tensor]) -> Posterior:
+        """
+        The latents given one observation.
+
+        :param observations: values by site, or the value of the only site.
+        :raises ValueError: if a site is missing or has another shape, or before training.
+        """
+        if not bool(self.is_standardized):
+            raise ValueError("There is no posterior yet: call simulate(...) and fit() first.")
+        flat = flatten_one(observations, self.structure)
+        self.encoder.warn_if_far(flat)
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            features = self.encoder(flat[None])
+        self.train(was_training)
+        return self._make_posterior(features, flat)
+
+    def run_rounds(
+        self,
+        observations: Tensor | Mapping[str, Tensor],
+        *,
+        num_rounds: int = 5,
+        num_simulations: int = 1000,
+        simulate_options: Mapping[str, Any] | None = None,
+        **fit_options: Any,
+    ) -> Posterior:
+        """
+        Simulate where the posterior is, round by round.
+
+        The first round draws from the prior, unless there are simulations already; every further
+        one draws from the latest posterior. All simulations are trained on. What is learned
+        holds for this observation, not for others.
+
+        Reference: Durkan et al. 2020, algorithm 1.
+
+        :param observations: values by site, or the value of the only site.
+        :param int num_rounds: number R of rounds.
+        :param int num_simulations: simulations N of each round.
+        :param simulate_options: options of :meth:`simulate`.
+        :param fit_options: options of :meth:`fit`.
+        :returns: the posterior after the last round.
+        """
+        _check_counts(num_rounds=num_rounds, num_simulations=num_simulations)
+        flatten_one(observations, self.structure)
+        posterior = self.posterior(observations) if bool(self.is_standardized) else None
+        for _ in range(num_rounds):
+            self.simulate(num_simulations, posterior, **(simulate_options or {}))
+            self.fit(**fit_options)
+            posterior = self.posterior(observations)
+        if posterior is None:
+            raise ValueError("num_rounds must be at least 1.")
+        return posterior
+
+    @abstractmethod
+    def log_ratio(self, latents: Tensor, log_prior: Tensor, features: Tensor) -> Tensor:
+        r"""
+        :math:`f(\theta, x) = \log p(x \mid \theta) + c(x)`.
+
+        :param Tensor latents: unconstrained, shape ``batch + (d,)``.
+        :param Tensor log_prior: log-density of the prior there, shape ``batch``.
+        :param Tensor features: of the observations, with leading dimensions that broadcast
+            against ``batch``.
+        :returns: shape ``batch``.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Batch, flat: Tensor) -> Tensor:
+        """
+        What is minimised.
+
+        :param Batch batch: simulations.
+        :param Tensor flat: their observations, shape ``(rows, in_features)``.
+        """
+
+    @abstractmethod
+    def _make_posterior(self, features: Tensor, flat: Tensor) -> Posterior: ...
+
+    @abstractmethod
+    def _standardize(self, latents: Tensor, flat: Tensor) -> None: ...
+
+    def _check_batch_size(self, batch_size: int) -> None:
+        """Whether minibatches are large enough."""
+
+    def _before_fit(self, is_valid: Tensor) -> None:
+        """Take notice of the simulations that failed."""
+
+    def _training_data(self, simulations: Simulations) -> tuple[Tensor, Tensor]:
+        """Simulations as two matrices, with something finite where a run failed."""
+        latents = unconstrain(simulations.latents, self.structure)
+        is_valid = simulations.is_valid
+        flat = flatten(simulations.observations, self.structure)
+        if not bool(self.is_standardized):
+            self.loc.copy_(latents.mean(0))
+            self.scale.copy_(latents.std(0).clamp(min=torch.finfo(latents.dtype).tiny))
+            self.encoder.standardize(flat[is_valid])
+            self._standardize(latents, flat[is_valid])
+            self.is_standardized.fill_(True)
+        self._before_fit(is_valid)
+        flat = torch.where(is_valid[:, None], flat, self.encoder.loc)
+        with torch.no_grad():
+            log_prior = torch.cat([self.simulator.log_prior(u) for u in latents.split(10_000)])
+        batch = Batch(latents, log_prior, is_valid, simulations.round == 0)
+        return batch.pack(), flat
+
+    def _next_round(self) -> int:
+        return 1 if self.simulations is None else int(self.simulations.round.max()) + 1
+
+    def _checked_simulations(self) -> Simulations:
+        if self.simulations is None:
+            raise ValueError("There is nothing to train on: call simulate(...) first.")
+        return self.simulations
+
+    def _check_failures(self, new: Simulations, failure: str) -> None:
+        num, num_failed = len(new.is_valid), new.num_failed
+        if num_failed > self.max_failed * num:
+            reason = failure or "observations with NaN or infinite values"
+            raise PyroExtError(
+                f"{num_failed} of {num} simulations failed ({reason}), more than the fraction "
+                f"max_failed={self.max_failed}. Narrow the prior to where the simulator works, "
+                "mend it, or allow more failures if they are what it should do there."
+            )
+
+
+def _loss(estimator: nn.Module, packed: Tensor, flat: Tensor | None) -> Tensor:
+    if not isinstance(estimator, ContrastiveEstimator) or flat is None:
+        raise TypeError("The loss is that of an estimator and its observations.")
+    return estimator.loss(Batch.unpack(packed), flat)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")

@@ -1,0 +1,128 @@
+"""Ratio estimation: a classifier that tells which parameters an observation came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...nn import ResidualNetwork
+from .estimator import ContrastiveEstimator
+from .losses import Batch, contrast_with, contrastive_loss
+from .posterior import Posterior
+from .posteriors import RatioPosterior
+
+__all__ = ["NeuralRatioEstimator", "check_num_atoms"]
+
+NetworkFactory = Callable[[int, int], nn.Module]
+
+
+class NeuralRatioEstimator(ContrastiveEstimator):
+    r"""
+    Learn a likelihood ratio, by asking which of K parameters made an observation.
+
+    What is learned is :math:`\log p(x \mid \theta) / p(x)`, up to a function of x.
+    The posterior has no normalised density: draws of it are made by sequential Monte Carlo, by
+    Pyro's NUTS, or by weighting draws of the prior, see
+    :class:`~pyro_ext.infer.contrastive.posterior.Posterior`.
+
+    :param model: see :class:`~pyro_ext.infer.contrastive.estimator.ContrastiveEstimator`, as are
+        ``observed``, ``latents``, ``nuisance``, ``embedding``, ``vectorize`` and ``max_failed``.
+    :param int num_atoms: number K of parameters, one right and K - 1 contrasting; at most the
+        size of a minibatch.
+    :param int hidden_features: size of the hidden layers of the network.
+    :param int residual_blocks: blocks of the network, two layers each.
+    :param network: a function of the numbers of latents and of features of an observation, that
+        returns another network; its call gets latents ``(n, K, d)`` and features ``(n, 1, e)``,
+        and returns ``(n, K, 1)``.
+
+    Reference: Durkan, Murray and Papamakarios 2020, "On contrastive learning for likelihood-free
+    inference" (SRE with K classes); Hermans, Begy and Louppe 2020 for K = 2.
+
+    >>> from pyro_ext import NeuralRatioEstimator
+    >>> def model():
+    ...     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(theta, 0.5))
+    >>> estimator = NeuralRatioEstimator(model, observed=["x"], num_atoms=5)
+    >>> _ = estimator.simulate(400)
+    >>> result = estimator.fit(num_epochs=5, batch_size=50)
+    >>> posterior = estimator.posterior({"x": torch.tensor(0.3)})
+    >>> posterior.sample(10)["theta"].shape
+    torch.Size([10])
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], Any],
+        *,
+        observed: Sequence[str],
+        latents: Collection[str] | None = None,
+        nuisance: Collection[str] = (),
+        embedding: nn.Module | Mapping[str, nn.Module] | None = None,
+        num_atoms: int = 10,
+        hidden_features: int = 64,
+        residual_blocks: int = 2,
+        network: NetworkFactory | None = None,
+        vectorize: str | None = None,
+        max_failed: float = 0.5,
+    ) -> None:
+        super().__init__(
+            model,
+            observed=observed,
+            latents=latents,
+            nuisance=nuisance,
+            embedding=embedding,
+            vectorize=vectorize,
+            max_failed=max_failed,
+        )
+        self.num_atoms = check_num_atoms(num_atoms)
+        sizes = (self.structure.features, self.encoder.out_features)
+        if network is None:
+            self.network: nn.Module = ResidualNetwork(
+                sizes[0],
+                1,
+                hidden_features,
+                context_features=sizes[1],
+                residual_blocks=residual_blocks,
+            )
+        else:
+            self.network = network(*sizes)
+        self.network.to(self.structure.device, self.structure.dtype)
+
+    def log_ratio(self, latents: Tensor, log_prior: Tensor, features: Tensor) -> Tensor:
+        """See :meth:`ContrastiveEstimator.log_ratio`."""
+        f: Tensor = self.network((latents - self.loc) / self.scale, features)
+        return f.squeeze(-1)
+
+    def loss(self, batch: Batch, flat: Tensor) -> Tensor:
+        """The contrastive loss."""
+        index = contrast_with(len(flat), self.num_atoms, at_random=self.training)
+        return contrastive_loss(self.log_ratio, batch, self.encoder(flat), index)
+
+    def _check_batch_size(self, batch_size: int) -> None:
+        if self.num_atoms > batch_size:
+            raise ValueError(
+                f"num_atoms={self.num_atoms} parameters to choose from, but batch_size="
+                f"{batch_size}: contrasting parameters are the others of a minibatch."
+            )
+
+    def _make_posterior(self, features: Tensor, flat: Tensor) -> Posterior:
+        return RatioPosterior(self.simulator, self.log_ratio, features, flat)
+
+    def _standardize(self, latents: Tensor, flat: Tensor) -> None:
+        """Nothing more to be done: the network sees standardised latents."""
+
+
+def check_num_atoms(num_atoms: int) -> int:
+    """
+    Check the number of parameters to choose from.
+
+    :raises ValueError: if it is not a whole number of at least 2.
+    """
+    if isinstance(num_atoms, bool) or not isinstance(num_atoms, int) or num_atoms < 2:
+        raise ValueError(
+            f"num_atoms={num_atoms!r}: give a whole number of at least 2, the right parameters "
+            "and those to tell them from."
+        )
+    return num_atoms
