@@ -3,13 +3,15 @@ r"""M/G/1 queue (Papamakarios and Murray 2016): when customers leave, seen throu
 .. math:: \theta_1 \sim U[0, 10], \quad \theta_2 \sim U[0, 10], \quad \theta_3 \sim U[0, \tfrac13]
 
 50 customers arrive with exponential gaps of rate :math:`\theta_3`, and each is served for a time
-uniform on :math:`[\theta_1, \theta_1 + \theta_2]`. The data are logarithms of minimum, quartiles and
-maximum of the times between departures,
+uniform on :math:`[\theta_1, \theta_1 + \theta_2]`. The data are logarithms of the minimum, the
+quartiles and the maximum of the times between departures,
 
 .. math:: D_i = s_i + \max(D_{i-1}, A_i), \qquad \delta_i = D_i - D_{i-1}.
 
-The noise is a latent site and the output a deterministic one, continuous and differentiable but
-for kinks, so that ConstrainedHMC conditions on the quantiles exactly: that is the reference.
+The noise is a latent site and the output a deterministic one. There is no reference: the known
+exact samplers need all times, not their quantiles, and conditioning on the quantiles with
+ConstrainedHMC is exact but hopelessly slow, since the density on the manifold jumps wherever two
+times change places in the order.
 
 Reference: Papamakarios and Murray 2016, "Fast epsilon-free inference of simulation models with
 Bayesian conditional density estimation", appendix E; there the quantiles are whitened.
