@@ -44,6 +44,8 @@ def smoke(notebook: Path, timeout: float) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / notebook.parent.name
         shutil.copytree(notebook.parent, folder, ignore=shutil.ignore_patterns("output", ".*"))
+        for shared in TUTORIALS.glob("*.py"):  # notebooks find it one folder up
+            shutil.copy(shared, temporary)
         execute(notebook, folder, timeout)
 
 

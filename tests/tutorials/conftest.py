@@ -1,12 +1,13 @@
 """Tutorials are no package: their modules are loaded from files, under names of their own."""
 
-import importlib
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from benchmarks._tutorials import load_siblings as load_siblings
 
 TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
 
@@ -22,21 +23,6 @@ def load_module(tutorial: str, name: str) -> ModuleType:
         sys.modules[full_name] = module
         spec.loader.exec_module(module)
     return sys.modules[full_name]
-
-
-def load_siblings(tutorial: str, *names: str) -> list[ModuleType]:
-    """Load modules of a tutorial that import each other by their plain names."""
-    folder = str(TUTORIALS / tutorial)
-    others = {path.stem for path in (TUTORIALS / tutorial).glob("*.py")}
-    before = {name: sys.modules.pop(name) for name in others if name in sys.modules}
-    sys.path.insert(0, folder)
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(folder)
-        for name in others:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
 
 
 @pytest.fixture(scope="session")

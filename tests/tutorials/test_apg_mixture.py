@@ -26,10 +26,10 @@ def figures() -> ModuleType:
     return module
 
 
-@pytest.fixture
-def learned(float32: None) -> torch.nn.Module:
-    """The proposals that ship with the tutorial."""
-    return TRAIN.load(MODEL.Proposals())
+@pytest.fixture(params=[0], ids=["seed 0"])
+def learned(float32: None, request: pytest.FixtureRequest) -> torch.nn.Module:
+    """The proposals that ship with the tutorial, trained twice."""
+    return TRAIN.load(MODEL.Proposals(), request.param)
 
 
 def test_exact_proposals_are_the_conditionals() -> None:
@@ -199,8 +199,8 @@ def test_figures(figures: ModuleType) -> None:
     drawn = [
         figures.clustering_figure(x, mask, {"truth": latents, "again": latents}),
         figures.sweeps_figure({"learned": torch.randn(5)}, {"clusters": torch.rand(4)}, 3),
-        figures.budget_figure([1, 2], -torch.rand(2, 4), 20),
+        figures.budget_figure([1, 2], -torch.rand(2, 4), torch.rand(2, 4), 20),
     ]
-    assert [len(figure.axes) for figure in drawn] == [4, 2, 1]
+    assert [len(figure.axes) for figure in drawn] == [4, 2, 2]
     for figure in drawn:
         figure.canvas.draw()

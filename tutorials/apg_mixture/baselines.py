@@ -20,8 +20,6 @@ from torch import nn
 from pyro_ext.distributions import NormalGamma
 from pyro_ext.infer import APG
 
-WEIGHTS = train.WEIGHTS.parent
-
 
 class PointNetwork(model.Proposals):
     """The encoder of the sampler, alone: statistics of the points, one by one."""
@@ -82,10 +80,10 @@ def make_sampler(encoder, optim=None, num_particles=10):
     )
 
 
-def load(name):
-    """An encoder with the weights that ship with the tutorial."""
+def load(name, seed=0):
+    """An encoder with the weights that ship with the tutorial; of seeds 0 and 1."""
     encoder = ENCODERS[name]()
-    path = WEIGHTS / f"wake_sleep_{name}.pt"
+    path = train.WEIGHTS / f"wake_sleep_{name}_{seed}.pt"
     encoder.load_state_dict(torch.load(path, weights_only=True))
     return encoder
 
@@ -94,11 +92,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", default=[], help=", ".join(ENCODERS))
     parser.add_argument("--num-steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="write the weights")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.names or ENCODERS:
-        pyro.set_rng_seed(0)
+        pyro.set_rng_seed(args.seed)
         encoder = ENCODERS[name]()
         optim = torch.optim.Adam(encoder.parameters(), betas=(0.9, 0.99))
         sampler = make_sampler(encoder, optim)
@@ -115,7 +114,7 @@ def main():
             flush=True,
         )
         if args.write:
-            torch.save(encoder.state_dict(), WEIGHTS / f"wake_sleep_{name}.pt")
+            torch.save(encoder.state_dict(), train.WEIGHTS / f"wake_sleep_{name}_{args.seed}.pt")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from metrics import block_divergences
 
 from pyro_ext.infer import APG
 
-WEIGHTS = Path(__file__).parent / "weights" / "proposals.pt"
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 def make_sampler(proposals, optim=None, **settings):
@@ -57,9 +57,10 @@ def train(sampler, num_steps=3000, *, num_sets=20, num_points=60, rates=(2e-2, 5
     return history
 
 
-def load(proposals):
-    """Give proposals the weights that ship with the tutorial."""
-    proposals.load_state_dict(torch.load(WEIGHTS, weights_only=True))
+def load(proposals, seed=0):
+    """Give proposals the weights that ship with the tutorial; of seeds 0 and 1."""
+    path = WEIGHTS / f"proposals_{seed}.pt"
+    proposals.load_state_dict(torch.load(path, weights_only=True))
     return proposals
 
 
@@ -95,9 +96,8 @@ def main():
         local = {k: round(v[-3:].mean().item(), 4) for k, v in result.history.local_ess.items()}
         print(f"{num_sweeps} sweeps: log joint minus truth {joint:.2f}, ESS / L {ess} {local}")
     if args.write:
-        WEIGHTS.parent.mkdir(exist_ok=True)
-        torch.save(proposals.state_dict(), WEIGHTS)
-        print(f"{WEIGHTS.name}: {WEIGHTS.stat().st_size / 1000:.0f} kB")
+        WEIGHTS.mkdir(exist_ok=True)
+        torch.save(proposals.state_dict(), WEIGHTS / f"proposals_{args.seed}.pt")
 
 
 if __name__ == "__main__":
