@@ -44,6 +44,12 @@ _WRITES: dict[Any, Callable[..., Tensor]] = {
     aten.copy.default: lambda target, source, *_: source.to(target).expand(target.shape),
     aten.fill.Tensor: lambda target, source: source.to(target).expand(target.shape),
 }
+# what composite operations do to the shape of their own results (a vector times a matrix, as in a
+# linear layer, ends with the first), beyond the reach of functionalize
+_VIEWS_IN_PLACE = {
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+}
 # what was a view at the example need not be one under another transform
 _LAYOUT_FREE = {
     aten.view.default: aten.reshape.default,
@@ -149,6 +155,7 @@ class _Tracer(TorchDispatchMode):
         self.values: dict[int, Tensor] = dict(enumerate(examples))
         self.refusal: str | None = None
         self._numbers = {id(example): i for i, example in enumerate(examples)}
+        self._num_inputs = len(examples)
         self._kept = [*examples]  # a number belongs to an id as long as its tensor lives
         self._dependent = {*self.values}
         self._refused: dict[int, str] = {}  # results that must not be needed
@@ -186,6 +193,8 @@ class _Tracer(TorchDispatchMode):
                 "The function makes a tensor whose shape depends on the values of its input "
                 f"({func}), as indexing with a mask does. Use torch.where."
             )
+        if func in _VIEWS_IN_PLACE and self._numbers[id(leaves[0])] >= self._num_inputs:
+            return self._reshape(func, leaves, structure)
         if func._schema.is_mutable:
             self.refuse(
                 f"The function writes into its input or into a tensor from outside ({func})."
@@ -237,6 +246,15 @@ class _Tracer(TorchDispatchMode):
                     "derivative is not that of its operations. Use .detach() instead."
                 )
         self.operations.append(operation._replace(results=tuple(results)))
+
+    def _reshape(self, func: Any, leaves: list[Any], structure: TreeSpec) -> Any:
+        """Reshape a tensor in place, and note it as a view: from here on the tensor is that."""
+        tensor = leaves[0]
+        self.values[self._numbers[id(tensor)]] = tensor.view(tensor.shape)
+        operation = _VIEWS_IN_PLACE[func]
+        args, kwargs = tree_unflatten(leaves, structure)
+        self._note(operation, leaves, structure, func(*args, **kwargs), is_random=False)
+        return tensor
 
     def _name(self, tensor: Tensor, number: int) -> None:
         self.values.setdefault(number, tensor)

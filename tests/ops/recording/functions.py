@@ -192,6 +192,18 @@ def several_results() -> Function:
     return function
 
 
+def layers() -> Function:
+    """A network on one vector, without a batch, and layers of its own on parts of the input."""
+    first, second, local = _data(3, 7), _data(7, 3), _data(2, 4)
+
+    def function(u: Tensor) -> Tensor:
+        hidden = torch.nn.functional.linear(u[:3], first.T, first[0]).tanh()
+        parts = [(part @ local).tanh() for part in u[3:].reshape(-1, 2)]
+        return torch.cat([hidden @ second, *parts])
+
+    return function
+
+
 FUNCTIONS = {
     "steps from data": Example(steps_from_data, 4 + 2 * STEPS, 19),
     "steps from numbers": Example(steps_from_numbers, 2 + STEPS, 18),
@@ -203,5 +215,6 @@ FUNCTIONS = {
     "writing": Example(writing, STEPS + 1, 20),
     "moving only": Example(moving_only, 12, 2),
     "unlike": Example(unlike, 3, 10),
+    "layers": Example(layers, 3 + 2 * STEPS, 17),
     "several results": Example(several_results, 3 * STEPS, 16),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,13 +12,15 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_ext.infer import MCMC, ConstrainedHMC
-from pyro_ext.infer.constrained_hmc.assembly import build_system
+from pyro_ext.infer.constrained_hmc.assembly import Preferences, assemble, build_system
 from pyro_ext.infer.constrained_hmc.model.constrained_model import ConstrainedModel
 from pyro_ext.infer.constrained_hmc.system.compilation import RecordedSystem
 from pyro_ext.infer.constrained_hmc.system.constrained_system import ConstrainedSystem
+from pyro_ext.ops.recording import RecordedFunction
 from tests.infer.constrained_hmc.block_problems import block_problem, structure_of
 
 CHAINS = 3
+WEIGHTS = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def model() -> None:
@@ -24,6 +28,16 @@ def model() -> None:
     z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
     pyro.sample("y", dist.Normal(z.sum(), 1.0), obs=torch.tensor(0.5))
     pyro.deterministic("x", torch.stack([(scale * z).square().sum(), z.prod()]))
+
+
+def network() -> None:
+    """A network on one latent vector, with noise, and more outputs than are conditioned on."""
+    first, second = WEIGHTS
+    z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    noise = pyro.sample("noise", dist.Normal(0.0, 1.0))
+    hidden = torch.nn.functional.linear(z, first, first[0]).tanh()
+    image = hidden @ second
+    pyro.deterministic("x", image[torch.arange(3) < 2] + 0.1 * noise * image[2].exp())
 
 
 CONDITIONED = pyro.condition(model, {"x": torch.tensor([2.0, 0.3], dtype=torch.float64)})
@@ -56,6 +70,25 @@ def test_a_compiled_run_is_right_and_keeps_the_validation_of_distributions(
     torch.testing.assert_close(actual.gradient, expected.gradient)
     torch.testing.assert_close(actual.jacobian.dual, expected.jacobian.dual)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("program", [model, network])
+def test_dense_models_run_as_recorded(program: Callable[[], None]) -> None:
+    """Without Pyro, and with the values and derivatives of the model itself."""
+    x = torch.tensor([2.0, 0.3], dtype=torch.float64)
+    conditioned = ConstrainedModel(pyro.condition(program, {"x": x}), (), {})
+    system = assemble(conditioned, Preferences(CHAINS, structure="dense")).system
+    assert isinstance(system.functions[0], RecordedFunction)
+    assert system.has_recorded_derivatives
+    plain = ConstrainedSystem(conditioned.constraint, conditioned.potential)
+    position, scale = torch.randn(CHAINS, 4), torch.rand(4) + 0.5
+    for each in (system, RecordedSystem(system, CHAINS, compile=False)):
+        point, expected = each.point(position, scale), plain.point(position, scale)
+        torch.testing.assert_close(point.energy, expected.energy)
+        torch.testing.assert_close(point.gradient, expected.gradient)
+        torch.testing.assert_close(point.jacobian.dense(), expected.jacobian.dense())
+        residual = each.constraint(position, scale)
+        torch.testing.assert_close(residual, plain.constraint(position, scale))
 
 
 def test_other_numbers_of_chains_run_uncompiled(system: ConstrainedSystem) -> None:
