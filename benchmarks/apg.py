@@ -14,7 +14,7 @@ number of particles, sweeps, points and data sets.
 
 The problems are those of Wu et al. 2020, sections 5.1 and 5.2, in single precision. ``speed`` and
 ``scaling`` use the mixture: 20 data sets of 60 points, 10 particles, 10 sweeps. Times are
-processor time of one thread, the median and the fastest of some iterations, in turns with the peer.
+processor time of one thread, median and fastest of some iterations, in turns with the peer.
 """
 
 from __future__ import annotations
