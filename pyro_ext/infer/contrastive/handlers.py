@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +96,9 @@ class DrawUnderVmap(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["done"] or msg["is_observed"] or msg["value"] is not None or is_subsample(msg):
             return
-        with self.mode:
+        with self.mode, warnings.catch_warnings():
+            # of small operations that torch loops over runs
+            warnings.filterwarnings("ignore", "There is a performance drop")
             msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
         msg["done"] = True
 

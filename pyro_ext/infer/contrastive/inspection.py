@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
 from ...errors import ModelStructureError
 from ...poutine.sites import delta, is_subsample
 from .handlers import Released
-from .sites import LatentSite, ObservedSite, Structure
+from .sites import LatentSite, ObservedSite, Structure, to_support
 
 __all__ = ["inspect_model"]
 
@@ -204,9 +203,9 @@ def _check_order(trace: poutine.Trace, observed: Collection[str], chosen: Collec
 def _latent_site(
     name: str, node: Mapping[str, Any], other: Mapping[str, Any], start: int
 ) -> LatentSite:
-    transform = biject_to(node["fn"].support)
+    transform = to_support(node["fn"].support)
     unconstrained = transform.inv(node["value"])
-    again = biject_to(other["fn"].support)
+    again = to_support(other["fn"].support)
     zero = torch.zeros_like(unconstrained)
     if not torch.equal(transform(zero), again(zero)):
         raise ValueError(

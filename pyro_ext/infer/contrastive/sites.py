@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform, constraints
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    IndependentTransform,
+    Transform,
+    biject_to,
+    constraints,
+)
 from torch.distributions.transforms import identity_transform
 
 __all__ = [
@@ -16,6 +24,7 @@ __all__ = [
     "Structure",
     "constrain",
     "log_abs_det",
+    "to_support",
     "unconstrain",
     "without_transforms",
 ]
@@ -78,6 +87,46 @@ class Structure(NamedTuple):
     def observed_names(self) -> tuple[str, ...]:
         """Names of the observed sites, in the order they were asked for."""
         return tuple(site.name for site in self.observed)
+
+
+def to_support(support: constraints.Constraint) -> Transform:
+    """
+    A map from real numbers to a support.
+
+    For an interval the normal distribution function takes the place of the logistic one of
+    ``biject_to``: a uniform prior is then a standard normal, as is the noise of a flow.
+    """
+    base, event_dim = support, 0
+    while isinstance(base, constraints.independent):
+        event_dim += base.reinterpreted_batch_ndims
+        base = base.base_constraint
+    if not isinstance(base, constraints.interval | constraints.half_open_interval):
+        return biject_to(support)
+    low, high = base.lower_bound, base.upper_bound
+    interval = ComposeTransform([_NormalCDF(), AffineTransform(low, high - low)])
+    return IndependentTransform(interval, event_dim) if event_dim else interval
+
+
+class _NormalCDF(Transform):
+    """The standard normal distribution function, whose inverse is finite at both ends."""
+
+    domain = constraints.real
+    codomain = constraints.unit_interval
+    bijective = True
+    sign = +1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _NormalCDF)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return torch.special.ndtr(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        eps = torch.finfo(y.dtype).eps
+        return torch.special.ndtri(y.clamp(min=eps, max=1.0 - eps))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return -0.5 * x.square() - 0.5 * math.log(2 * math.pi)
 
 
 def without_transforms(structure: Structure) -> Structure:
