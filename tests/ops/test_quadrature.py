@@ -33,17 +33,31 @@ def test_integrals_are_within_the_tolerance(
     assert float(result.value) == pytest.approx(truth, abs=10 * tolerance)
 
 
-def test_functions_that_are_done_are_not_evaluated_again() -> None:
-    scales, evaluated = torch.tensor([3.0, 0.05]), torch.zeros(2)
+def test_only_intervals_that_need_it_are_halved() -> None:
+    scales, evaluated = torch.tensor([3.0, 0.05, 0.01]), torch.zeros(3)
 
     def log_f(index: Tensor, x: Tensor) -> Tensor:
-        evaluated[index] += x.shape[1]
+        evaluated.index_add_(0, index, torch.full(index.shape, float(x.shape[1])))
         return -0.5 * (x / scales[index, None]).square()
 
-    result = log_integral(log_f, GRID.expand(2, -1), tolerance=1e-7)
+    result = log_integral(log_f, GRID.expand(3, -1), tolerance=1e-7)
     truth = (scales * math.sqrt(2 * math.pi)).log()
     torch.testing.assert_close(result.value, truth, atol=1e-6, rtol=0)
-    assert evaluated[0] < evaluated[1] / 4
+    assert (result.error <= 1e-7).all()
+    first_grid_and_middles = 2 * len(GRID) - 1
+    assert (evaluated >= first_grid_and_middles).all()
+    # steps of 0.005, as the peak needs, would be 12,000 all over the range
+    assert (evaluated[1:] < 4 * first_grid_and_middles).all()
+
+
+def test_a_peak_that_shows_up_late_sets_the_scale() -> None:
+    def log_f(_: Tensor, x: Tensor) -> Tensor:
+        narrow = 2000.0 - 0.5 * ((x - 0.1) / 0.01).square()
+        return torch.logaddexp(-0.5 * x.square(), narrow)
+
+    result = log_integral(log_f, GRID.expand(1, -1), tolerance=1e-8)
+    truth = 2000.0 + math.log(0.01 * math.sqrt(2 * math.pi))
+    assert float(result.value) == pytest.approx(truth, abs=1e-7)
 
 
 def test_a_jump_that_is_not_on_the_grid_does_not_converge_and_says_so() -> None:

@@ -106,7 +106,7 @@ class EnergyMachineDistribution(TorchDistribution):
         :param Tensor value: shape broadcastable to ``batch_shape + (features,)``.
         :param num_importance_samples: S; by default what the module was made with, or what
             :meth:`~pyro_ext.distributions.AutoregressiveEnergyMachine.evaluation` says.
-        :param exact: by quadrature, to a relative error of 1e-5 of every conditional.
+        :param exact: by quadrature, to a relative error of 1e-4 of every conditional at most.
         :returns: shape ``sample_shape + batch_shape``.
         :raises ValueError: if validation is on and the value is not in the support.
         :raises TypeError: if the value is of higher precision than the parameters.

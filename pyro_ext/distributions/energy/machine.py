@@ -162,7 +162,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         )
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.long))
         self.monitor = NormalizerMonitor(monitor_every)
-        self._evaluation = Evaluation(num_evaluation_samples, False, 100, 1e-5)
+        self._evaluation = Evaluation(num_evaluation_samples, False, 100, 1e-4)
 
     def extra_repr(self) -> str:
         """Show the sizes when the module is printed."""
@@ -216,7 +216,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         :param num_importance_samples: draws for the estimate of a conditional's normaliser.
         :param exact: densities by quadrature, draws by inversion.
         :param num_proposals: draws of the proposal to choose each number of a draw from.
-        :param tolerance: relative error of a normaliser at which quadrature stops, 1e-5 at first.
+        :param tolerance: relative error of a normaliser at which quadrature stops, 1e-4 at first.
         """
         before = self._evaluation
         settings = self._settings(num_importance_samples, exact, num_proposals)

@@ -17,7 +17,7 @@ __all__ = ["NormalizerCheck", "NormalizerMonitor", "check_normalizers"]
 
 _NUM_CONDITIONALS = 128
 _LARGEST_OPTIMISM = 0.2  # nats of one datum
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-3
 
 
 class NormalizerCheck(NamedTuple):

@@ -26,6 +26,7 @@ __all__ = [
 
 _NODES_AT_ONCE = 2**18
 _GRIDS_AT_ONCE = 64
+_INTERVALS_AT_ONCE = 2**14
 _GRIDS_WITH_GRADIENT = 32
 
 
@@ -164,7 +165,7 @@ def quadrature(
         chosen = conditionals.select(part)
 
         def log_f(rows: Tensor, points: Tensor, chosen: Conditionals = chosen) -> Tensor:
-            size = max(1, _NODES_AT_ONCE // points.shape[1])
+            size = max(1, 2 * _INTERVALS_AT_ONCE // points.shape[1])
             parts = zip(rows.split(size), points.split(size), strict=True)
             return torch.cat([chosen.select(i).log_unnormalized(x) for i, x in parts])
 
