@@ -9,6 +9,9 @@ that is too smooth, its estimates agree with quadrature, and no run diverges.
     python benchmarks/aem.py evaluation  # 20,000 importance samples: time and memory
     python benchmarks/aem.py densities   # four densities, beside a spline flow of the same time
     python benchmarks/aem.py starts      # ten seeds, with and without warm-up
+    python benchmarks/aem.py calibration # errors of normalisers of the four, against samples
+    python benchmarks/aem.py patches     # patches of photographs, and `digits`, beside flows
+    python benchmarks/aem.py vae         # prior of a trained autoencoder
 
 PATH: folder ``pytorch`` of a clone of github.com/conormdurkan/autoregressive-energy-machines.
 The network sizes of the first parts are those of its experiments in the plane (Nash and Durkan
@@ -21,9 +24,6 @@ of quadrature but where they say otherwise. Finished runs are kept in ``benchmar
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import math
 import os
 import statistics
 import sys
@@ -35,19 +35,16 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from pyro.distributions import TorchDistribution
-from torch import Tensor, nn
 
+from benchmarks._energy import BATCH
+from benchmarks._energy_images import digits, patches, vae
+from benchmarks._energy_plane import DENSITIES, calibration, densities, starts
 from benchmarks._memory import growth
-from benchmarks._report import OUTPUT, progress, threads_in_words, write_table
-from pyro_ext.datasets import Checkerboard, RotatedGrid, TwoSpirals
-from pyro_ext.distributions import AutoregressiveEnergyMachine, NeuralSplineFlow
-from pyro_ext.training import Loss, fit_density
+from benchmarks._report import threads_in_words, write_table
+from pyro_ext.distributions import AutoregressiveEnergyMachine
 
 PACKAGES = ["torch", "pyro-ppl"]
-BATCH, LEARNING_RATE = 256, 5e-4
-NUM_TRAIN, NUM_TEST = 200_000, 1000
-LOSS: Loss = AutoregressiveEnergyMachine.training_loss
+LEARNING_RATE = 5e-4
 Step = Callable[[], None]
 
 
@@ -164,196 +161,16 @@ def evaluation(args: argparse.Namespace) -> None:
     write_table("aem_evaluation", rows, threads_in_words(1), PACKAGES)
 
 
-# -- densities ------------------------------------------------------------------------------------
-
-
-class Picture(TorchDistribution):
-    """
-    Grey levels of scikit-image's picture of an astronaut as a density on a square.
-
-    Constant on every pixel, so that the density of a point is known.
-    """
-
-    support = torch.distributions.constraints.real_vector
-    arg_constraints = {}  # noqa: RUF012
-
-    def __init__(self, side: int = 128) -> None:
-        from skimage.color import rgb2gray
-        from skimage.data import astronaut
-        from skimage.transform import resize
-
-        grey = torch.from_numpy(resize(rgb2gray(astronaut()), (side, side), anti_aliasing=True))
-        self.mass = (grey.flip(0).T / grey.sum()).float()  # first axis is x, second y upwards
-        self.side = side
-        super().__init__(torch.Size(), torch.Size([2]), validate_args=False)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        shape = torch.Size(sample_shape)
-        pixel = torch.multinomial(self.mass.flatten(), shape.numel(), replacement=True)
-        corner = torch.stack([pixel // self.side, pixel % self.side], -1)
-        points = (corner + torch.rand(corner.shape)) / self.side
-        return points.reshape(*shape, 2)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        i, j = (value * self.side).long().clamp(0, self.side - 1).unbind(-1)
-        inside = ((value >= 0) & (value <= 1)).all(-1)
-        log_density = self.mass[i, j].log() + 2 * math.log(self.side)
-        return torch.where(inside, log_density, -math.inf)
-
-
-DENSITIES: dict[str, Callable[[], TorchDistribution]] = {
-    "diamond": RotatedGrid,
-    "checkerboard": Checkerboard,
-    "spirals": TwoSpirals,
-    "astronaut": Picture,
-}
-# which learn more in a few minutes than the networks of the paper, made for some 20 hours
-SMALL: dict[str, Any] = {
-    "hidden_features": 64,
-    "energy_hidden_features": 64,
-    "energy_context": 32,
-    "residual_blocks": 2,
-}
-
-
-def machine(density: str, settings: dict[str, Any]) -> AutoregressiveEnergyMachine:
-    if density == "checkerboard":  # as in the paper
-        settings = {"proposal": torch.distributions.Uniform(-4.0, 4.0), **settings}
-    return AutoregressiveEnergyMachine(2, **SMALL, **settings)
-
-
-def train(
-    model: nn.Module, data: Tensor, seconds: float, steps: int, loss: Loss | None, batch: int
-) -> dict[str, Any]:
-    """Fit for a number of steps that takes about this processor time, if that is fewer."""
-    trial = copy.deepcopy(model)
-    for number in (5, 40):  # the first calls take longer
-        start = time.process_time()
-        fit_density(trial, data, num_steps=number, batch_size=batch, loss=loss, progress=False)
-        per_step = (time.process_time() - start) / number
-    steps = max(10, min(steps, int(seconds / per_step)))
-    start = time.process_time()
-    result = fit_density(
-        model,
-        data,
-        num_steps=steps,
-        batch_size=batch,
-        learning_rate=3e-3 if loss else 1e-3,
-        loss=loss,
-        progress=False,
-    )
-    spent = time.process_time() - start
-    return {"steps": steps, "seconds": spent, "skipped": result.num_skipped}
-
-
-def density_run(density: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Train a machine, and a spline flow for the same time; means over test points."""
-    torch.manual_seed(seed)
-    truth = DENSITIES[density]()
-    data, test = truth.sample((NUM_TRAIN,)), truth.sample((NUM_TEST,))
-    aem = machine(density, {"warmup_steps": args.warmup})
-    done = train(aem, data, args.seconds, args.steps, LOSS, BATCH)
-    aem.eval()
-    with torch.no_grad():
-        values = {
-            "truth": truth.log_prob(test),
-            "proposal": aem().proposal_log_prob(test),
-            "AEM": aem().log_prob(test, exact=True),
-            "AEM, 1,000 samples": aem().log_prob(test, num_importance_samples=1000),
-        }
-    torch.manual_seed(seed)
-    flow = NeuralSplineFlow(2, transforms=4, bins=32)
-    flow_done = train(flow, data, done["seconds"], 10**6, None, 512)
-    flow.eval()
-    with torch.no_grad():
-        values["RQ-NSF (C)"] = flow().log_prob(test)
-    torch.save(aem.state_dict(), os.path.join(OUTPUT, f"aem_{density}_{seed}.pt"))
-    return {
-        **{name: float(each.mean()) for name, each in values.items()},
-        "standard error": float((values["truth"] - values["AEM"]).std()) / math.sqrt(NUM_TEST),
-        "checks": aem.diagnostics(),
-        **done,
-        "flow seconds": flow_done["seconds"],
-    }
-
-
-def densities(args: argparse.Namespace) -> None:
-    rows = []
-    for density in args.densities:
-        for seed in args.seeds:
-            run = kept(
-                f"aem_densities_{density}_{seed}_{args.seconds:.0f}",
-                lambda density=density, seed=seed: density_run(density, args, seed),
-            )
-            names = ["truth", "proposal", "AEM", "AEM, 1,000 samples", "RQ-NSF (C)"]
-            rows.append(
-                {
-                    "density": density,
-                    "seed": f"{seed}",
-                    **{name: f"{run[name]:.3f}" for name in names},
-                    "standard error": f"{run['standard error']:.3f}",
-                    "steps": f"{run['steps']:,}",
-                    "CPU s": f"{run['seconds']:.0f}",
-                    "CPU s, flow": f"{run['flow seconds']:.0f}",
-                }
-            )
-    write_table("aem_densities", rows, threads_in_words(1), [*PACKAGES, "scikit-image"])
-
-
-def kept(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result in a file of this name, or else by running."""
-    os.makedirs(OUTPUT, exist_ok=True)
-    path = os.path.join(OUTPUT, f"{name}.json")
-    if not os.path.exists(path):
-        progress(name)
-        result = run()
-        with open(path, "w") as file:
-            json.dump(result, file)
-    with open(path) as file:
-        found: dict[str, Any] = json.load(file)
-    return found
-
-
-def starts(args: argparse.Namespace) -> None:
-    """Short runs at a large step size, from different weights, on the diamond."""
-    rows = []
-    truth = RotatedGrid()
-    for warmup in (0, 100):
-        gaps, optimism, statuses, skipped = [], [], set(), 0
-        for seed in range(10):
-            torch.manual_seed(seed)
-            data, test = truth.sample((50_000,)), truth.sample((100,))
-            aem = AutoregressiveEnergyMachine(2, **SMALL, warmup_steps=warmup, monitor_every=100)
-            steps = args.steps if args.steps < 10**6 else 400
-            result = fit_density(
-                aem, data, num_steps=steps, learning_rate=5e-3, loss=LOSS, progress=False
-            )
-            aem.eval()
-            with torch.no_grad():
-                exact = aem().log_prob(test, exact=True).mean()
-                gaps.append(float(exact - aem().proposal_log_prob(test).mean()))
-            checks = aem.monitor.checks
-            optimism.append(max(abs(check.optimism) for check in checks))
-            statuses |= {check.status for check in checks}
-            skipped += result.num_skipped
-        rows.append(
-            {
-                "warm-up steps": f"{warmup}",
-                "AEM above its proposal, nats": f"{min(gaps):.3f} to {max(gaps):.3f}",
-                "largest error of the estimate, nats": f"{max(optimism):.3f}",
-                "monitor": ", ".join(sorted(statuses)),
-                "skipped steps": f"{skipped}",
-            }
-        )
-    write_table("aem_starts", rows, f"{threads_in_words(1)}, 10 seeds, {steps} steps", PACKAGES)
-
-
 PARTS = {
     "speed": speed,
     "sizes": sizes,
     "evaluation": evaluation,
     "densities": densities,
     "starts": starts,
+    "calibration": calibration,
+    "patches": patches,
+    "digits": digits,
+    "vae": vae,
 }
 
 
@@ -366,7 +183,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--seconds", type=float, default=600.0, help="processor time of a run")
     parser.add_argument("--steps", type=int, default=10**6, help="at most")
-    parser.add_argument("--warmup", type=int, default=0)
     args = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
     torch.set_num_threads(1)
