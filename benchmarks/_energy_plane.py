@@ -6,7 +6,7 @@ import argparse
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from benchmarks._energy import (
     standard_error,
     weights_path,
 )
-from benchmarks._report import progress, threads_in_words, write_table
+from benchmarks._report import OUTPUT, progress, threads_in_words, write_table
 from pyro_ext.datasets import Checkerboard, RotatedGrid, TwoSpirals
 from pyro_ext.distributions import AutoregressiveEnergyMachine, NeuralSplineFlow
 from pyro_ext.distributions.energy.normalizers import estimate, quadrature
@@ -31,6 +31,8 @@ from pyro_ext.training import fit_density
 PACKAGES = ["torch", "pyro-ppl", "scikit-image"]
 NUM_TRAIN, NUM_TEST = 200_000, 2000
 NUM_CALIBRATED = 1000
+CELLS, NUM_DRAWN = 150, 50_000
+FIGURE = os.path.join(os.path.dirname(OUTPUT), "..", "docs", "images", "aem_plane.png")
 SAMPLES = (10, 30, 100, 300, 1000, 3000)
 START_SEEDS, START_STEPS = 10, 400
 LARGEST_OPTIMISM = 0.2  # nats, above which the monitor warns
@@ -88,6 +90,11 @@ def machine(density: str) -> AutoregressiveEnergyMachine:
     return AutoregressiveEnergyMachine(2, **settings)
 
 
+def spline_flow() -> NeuralSplineFlow:
+    """The flow beside it, untrained."""
+    return NeuralSplineFlow(2, transforms=4, bins=32)
+
+
 # -- densities ------------------------------------------------------------------------------------
 
 
@@ -117,9 +124,10 @@ def density_run(density: str, args: argparse.Namespace, seed: int) -> dict[str, 
         }
     progress(", ".join(f"{name} {float(each.mean()):.3f}" for name, each in values.items()))
     torch.manual_seed(seed)
-    flow = NeuralSplineFlow(2, transforms=4, bins=32)
+    flow = spline_flow()
     flow_done = fit_for(done["seconds"], flow, data, batch=512, learning_rate=1e-3)
     flow.eval()
+    torch.save(flow.state_dict(), weights_path(f"{density}_{seed}_flow"))
     with torch.no_grad():
         values["RQ-NSF (C)"] = flow().log_prob(test)
     return {
@@ -151,6 +159,50 @@ def densities(args: argparse.Namespace) -> None:
             )
     how = f"{threads_in_words(1)}, {NUM_TEST:,} test points"
     write_table("aem_densities", rows, how, PACKAGES)
+    draw_plane(args.densities, args.seeds[0])
+
+
+@torch.no_grad()
+def draw_plane(densities: Sequence[str], seed: int) -> None:
+    """Nash and Durkan 2019, figure 4: a row for each density, all panels in the data's colours."""
+    from matplotlib.figure import Figure
+
+    columns = ["Data", "Proposal, density", "AEM, density", "AEM, draws", "RQ-NSF (C), density"]
+    figure = Figure(figsize=(8.6, 1.78 * len(densities)), layout="constrained")
+    grid = figure.subplots(len(densities), len(columns), squeeze=False)
+    for axes, density in zip(grid, densities, strict=True):
+        torch.manual_seed(seed)
+        aem, flow = load(density, seed), spline_flow()
+        flow.load_state_dict(torch.load(weights_path(f"{density}_{seed}_flow"), weights_only=True))
+        points = DENSITIES[density]().sample((NUM_TRAIN,))
+        low, high = points.quantile(0.0005, 0), points.quantile(0.9995, 0)
+        middles = [
+            torch.linspace(*ends, 2 * CELLS + 1)[1::2] for ends in zip(low, high, strict=True)
+        ]
+        cells = torch.cartesian_prod(*middles)
+        pictures = [
+            counted(points, low, high),
+            aem().proposal_log_prob(cells).exp(),
+            aem().log_prob(cells, exact=True).exp(),
+            counted(aem().sample((NUM_DRAWN,)), low, high),
+            flow.eval()().log_prob(cells).exp(),
+        ]
+        brightest = float(pictures[0].flatten().quantile(0.995))
+        for ax, picture in zip(axes, pictures, strict=True):
+            shown = picture.reshape(CELLS, CELLS).T
+            ax.imshow(shown, origin="lower", vmin=0.0, vmax=brightest, cmap="inferno")
+            ax.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(density.capitalize())
+    for ax, title in zip(grid[0], columns, strict=True):
+        ax.set_title(title, fontsize=9)
+    figure.savefig(FIGURE, dpi=130, pil_kwargs={"optimize": True})
+
+
+def counted(points: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Density of points on a rectangle, by counting."""
+    ends = [float(end) for pair in zip(low, high, strict=True) for end in pair]
+    counts = torch.histogramdd(points, CELLS, range=ends).hist
+    return counts / len(points) * CELLS**2 / (high - low).prod()
 
 
 # -- starts ---------------------------------------------------------------------------------------
