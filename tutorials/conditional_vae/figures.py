@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -28,18 +28,7 @@ __all__ = [
 
 BLACK, ORANGE, BLUE, VERMILION = "#000000", "#E69F00", "#0072B2", "#D55E00"
 GREEN, PINK, SKY = "#009E73", "#CC79A7", "#56B4E9"
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "legend.frameon": False,
-    "figure.dpi": 90,
-}
+STYLE = "pyro_ext.figures"
 
 
 def _array(values: Tensor) -> np.ndarray:
@@ -80,7 +69,7 @@ def questions_figure(images: Tensor, mask: Tensor, completed: Tensor | None = No
     rows += [
         (f"draw {i + 1}", c, mask) for i, c in enumerate([] if completed is None else completed)
     ]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         size = 0.72
         figure = Figure(
             figsize=(size * images.shape[0] + 0.6, size * len(rows)), layout="constrained"
@@ -104,7 +93,7 @@ def completions_figure(
     :param completed: for each title at least ``side ** 2`` images, shape ``(n, pixels)``.
     :param int side: images along the side of a square.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         width = 1.5
         figure = Figure(figsize=(width * (len(completed) + 1), width + 0.3), layout="constrained")
         axes = figure.subplots(1, len(completed) + 1)
@@ -147,7 +136,7 @@ def posteriors_figure(
     levels = _levels(probability, (0.99, 0.9, 0.5))
     height = _array(probability.reshape(size, size).T)
     place = _array(axis)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(2.0 * (len(draws) + 1), 2.2), layout="constrained")
         axes = figure.subplots(1, len(draws) + 1, sharex=True, sharey=True)
         for ax, (title, points) in zip(axes, {"exact": None, **draws}.items(), strict=True):
@@ -186,7 +175,7 @@ def scores_figure(scores: Mapping[str, Tensor], reference: str, label: str) -> F
     others = {name: values for name, values in scores.items() if name != reference}
     if len(others) > len(markers):
         raise ValueError(f"at most {len(markers)} methods fit beside the reference")
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         ax = figure.subplots()
         x = _array(scores[reference])
@@ -215,7 +204,7 @@ def intervals_figure(
     tail = torch.tensor([(1 - content) / 2, 0.5, (1 + content) / 2], dtype=draws.dtype)
     low, middle, high = (_array(q) for q in draws.quantile(tail, 0))
     place, seen, actual = np.arange(len(names)), _array(mask), _array(truth)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(8.0, 3.2), layout="constrained")
         ax = figure.subplots()
         free = ~seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
@@ -14,17 +14,7 @@ from torch import Tensor
 __all__ = ["marginals_figure"]
 
 BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.linewidth": 0.7,
-    "legend.frameon": False,
-    "figure.dpi": 90,
-}
+STYLE: Any = ["pyro_ext.figures", {"axes.spines.left": False}]
 
 
 def marginals_figure(
@@ -49,7 +39,7 @@ def marginals_figure(
             raise ValueError(
                 f"draws of {name!r} must have shape (n, {len(names)}), got {tuple(each.shape)}"
             )
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         size = (2.2 * len(names), 1.0 + 1.25 * len(draws))
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(len(draws), len(names), sharex="col", squeeze=False)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -13,16 +12,7 @@ from torch import Tensor
 __all__ = ["errors_figure", "poses_figure"]
 
 BLACK, BLUE, VERMILION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "legend.frameon": False,
-    "figure.dpi": 90,
-}
+STYLE = "pyro_ext.figures"
 Edges = Sequence[tuple[int, int]]
 
 
@@ -43,7 +33,7 @@ def poses_figure(
         raise ValueError(
             f"there must be an image of every pose, got {list(joints)} and {list(images)}"
         )
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(1.75 * len(joints), 6.2), layout="constrained")
         grid = figure.subplots(3, len(joints), sharex="row", sharey="row", squeeze=False)
         for column, (title, X) in enumerate(joints.items()):
@@ -82,7 +72,7 @@ def errors_figure(runs: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> Figure
     """
     if not any(runs.values()):
         raise ValueError("runs must hold at least one run")
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(6.2, 3.0), layout="constrained")
         ax = figure.subplots()
         for color, (name, lines) in zip((BLUE, VERMILION, GREEN), runs.items(), strict=False):

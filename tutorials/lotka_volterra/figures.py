@@ -8,7 +8,7 @@ those of Okabe & Ito, which colour-blind readers can tell apart.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.artist import Artist
@@ -57,19 +57,7 @@ PARAMETER_AXES = (
     ParameterAxis(r"predator death $\theta_3$", r"$10^{-2}$ / step", 1e-2),
     ParameterAxis(r"predator growth $\theta_4$", r"$10^{-3}$ / prey / step", 1e-3),
 )
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "legend.frameon": False,
-    "figure.dpi": 150,
-    "savefig.dpi": 200,
-}
+STYLE: Any = ["pyro_ext.figures", {"figure.dpi": 150, "savefig.dpi": 200}]
 
 
 def _array(values: ArrayLike) -> Array:
@@ -96,7 +84,7 @@ def trajectories_figure(
     :raises ValueError: if there is nothing to draw, or the shapes do not match.
     """
     data, panels = _check_simulations(observed, simulated)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(1.2 + 2.6 * len(panels), 4.4), layout="constrained")
         _fill_trajectories(figure, data, panels, max_lines)
     return figure
@@ -229,7 +217,7 @@ def marginals_figure(
     outline = None if reference is None else _array(reference)
     curves = _curves(exact, parameters)
     _check_draws(draws, outline, len(curves))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(
             figsize=(0.6 + 2.2 * len(curves), 0.9 + 1.45 * len(draws)), layout="constrained"
         )
@@ -361,7 +349,7 @@ def overview_figure(
     curves = _curves(exact, parameters)
     values = {name: _array(theta) for name, theta in draws.items()}
     _check_draws(values, None, len(curves))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(9.0, 6.3), layout="constrained")
         top, bottom = figure.subfigures(2, 1, height_ratios=(1.85, 1), hspace=0.04)
         _fill_trajectories(top, data, panels, max_lines)

@@ -8,9 +8,8 @@ and Ito, which colour-blind readers can tell apart.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -30,18 +29,7 @@ __all__ = [
 ]
 
 BLACK, ORANGE, BLUE, VERMILION = "#000000", "#E69F00", "#0072B2", "#D55E00"
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "legend.frameon": False,
-    "figure.dpi": 90,
-}
+STYLE = "pyro_ext.figures"
 
 
 def _axes(columns: int, height: float = 2.9, width: float = 2.7) -> tuple[Figure, list[Axes]]:
@@ -74,7 +62,7 @@ def plane_figure(
         for title, each in panels.items()
     }
     brightest = max(torch.quantile(density, 0.995) for density in densities.values())
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure, axes = _axes(len(panels), width=2.4)
         for ax, (title, density) in zip(axes, densities.items(), strict=True):
             ax.imshow(
@@ -131,7 +119,7 @@ def conditional_figure(
             )
     (filled, bands), *others = ((title, _array(lines)) for title, lines in quantiles.items())
     context, x, grid = map(_array, (context, x, grid))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure, (ax,) = _axes(1, 3.4, 6.0)
         ax.scatter(context, x, s=3, color=BLACK, alpha=0.25, linewidths=0, label="data")
         for lower in range(len(levels) // 2):
@@ -156,7 +144,7 @@ def uniformity_figure(ranks: Mapping[str, Tensor], *, bins: int = 20) -> Figure:
     :param int bins: bars of each histogram.
     :returns: a figure with one panel for each; 99 of 100 bars should end in the shaded band.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure, axes = _axes(len(ranks), 2.3, 3.4)
         for ax, (title, values) in zip(axes, ranks.items(), strict=True):
             expected = len(values) / bins
@@ -176,7 +164,7 @@ def images_figure(rows: Mapping[str, Tensor], *, columns: int = 16) -> Figure:
     :returns: a figure with one row for each.
     :raises ValueError: if images are not square.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(8.5, 0.55 * len(rows) + 0.1), layout="constrained")
         axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
         for ax, (label, images) in zip(axes, rows.items(), strict=True):
@@ -209,7 +197,7 @@ def draws_figure(
     """
     height = _array((log_density - log_density.max()).exp())
     rows, columns = map(_array, grid)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure, axes = _axes(len(draws))
         for ax, (title, points) in zip(axes, draws.items(), strict=True):
             ax.scatter(*_array(points).T, s=2, color=BLUE, alpha=0.35, linewidths=0)
@@ -231,7 +219,7 @@ def history_figure(result: FitResult) -> Figure:
     smooth = np.convolve(-_array(result.losses), np.ones(20) / 20, mode="valid")
     steps = _array(result.validation_steps)
     values = _array(result.validation_log_likelihoods)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure, (ax,) = _axes(1, 2.6, 5.0)
         ax.plot(np.arange(len(smooth)) + 20, smooth, color=ORANGE, lw=1, label="training")
         ax.plot(steps, values, color=BLUE, lw=1, label="validation")
