@@ -24,14 +24,6 @@ __all__ = ["plot_coverage", "plot_predictive_check", "plot_ranks"]
 
 _BLACK, _GREY = "#000000", "#BBBBBB"
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
 _MAX_POINTS = 100
 _MAX_LABELS = 6
 _COLUMNS = 4
@@ -162,11 +154,11 @@ def _panels(
     purpose: str, number: int, *, height: float = 2.3
 ) -> Iterator[tuple[Figure, list[Any]]]:
     """A figure with so many axes, at most four in a row, to draw on in the style of all."""
-    matplotlib = import_optional("matplotlib", "matplotlib", purpose)
+    style = import_optional("matplotlib.style", "matplotlib", purpose)
     module = import_optional("matplotlib.figure", "matplotlib", purpose)
     columns = min(number, _COLUMNS)
     rows = math.ceil(number / columns)
-    with matplotlib.rc_context(_STYLE):
+    with style.context("pyro_ext.figures"):
         size = (0.4 + 2.9 * columns, height * rows)
         figure = module.Figure(figsize=size, dpi=110, layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
