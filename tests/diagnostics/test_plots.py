@@ -89,6 +89,7 @@ def test_predictive_checks() -> None:
 def test_without_matplotlib_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for module in ("matplotlib", "matplotlib.style"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"plot_ranks needs matplotlib: pip install matplotlib"):
         plot_ranks(calibration_of_ranks({"z": torch.randint(10, (50,))}, 9))
