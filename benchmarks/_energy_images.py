@@ -39,14 +39,14 @@ COLUMNS = (
     "CPU s",
 )
 TUTORIAL = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tutorials")
-# wider energies than in the plane, fewer waves; smaller batches, of many conditionals each
+# a wider masked network than in the plane, and fewer waves
 SETTINGS: dict[str, dict[str, Any]] = {
-    "patches": {"hidden_features": 256, "frequencies": 2},
-    "digits": {"hidden_features": 128, "frequencies": 3},
+    "patches": {"hidden_features": 256, "frequencies": 2, "max_conditionals": 2048},
+    "digits": {"hidden_features": 128, "frequencies": 3, "max_conditionals": 2048},
 }
 TRAINING: dict[str, dict[str, Any]] = {
-    "patches": {"batch": 128, "learning_rate": 1e-3},
-    "digits": {"batch": 64, "learning_rate": 1e-3, "weight_decay": 1e-4},
+    "patches": {"batch": 256, "learning_rate": 1e-3},
+    "digits": {"batch": 128, "learning_rate": 1e-3, "weight_decay": 1e-4},
 }
 
 
@@ -70,7 +70,7 @@ def image_machine_run(name: str, seconds: float, steps: int) -> dict[str, Any]:
         steps=steps,
         loss=LOSS,
         validation=validation[:500],
-        evaluate_every=50,
+        evaluate_every=100,
         **TRAINING[name],
     )
     aem.eval()

@@ -30,7 +30,7 @@ from pyro_ext.training import fit_density
 
 PACKAGES = ["torch", "pyro-ppl", "scikit-image"]
 NUM_TRAIN, NUM_TEST = 200_000, 2000
-NUM_CALIBRATED = 1000
+NUM_CALIBRATED = 500
 CELLS, NUM_DRAWN = 150, 50_000
 FIGURE = os.path.join(os.path.dirname(OUTPUT), "..", "docs", "images", "aem_plane.png")
 SAMPLES = (10, 30, 100, 300, 1000, 3000)

@@ -75,6 +75,9 @@ class AutoregressiveEnergyMachine(nn.Module):
     :param int num_importance_samples: draws for a conditional in training.
     :param num_gradient_samples: how many of them, drawn by their weights, the gradient of the
         training loss is computed from; ``None`` for all, which is also done with dropout.
+    :param max_conditionals: energies of at most so many conditionals of a minibatch are trained
+        in one step, chosen at random, so that a step of many features takes no longer than one of
+        few; ``None`` for all. The proposal is trained on all of them.
     :param int num_evaluation_samples: draws for a conditional in ``log_prob`` otherwise.
     :param int warmup_steps: training steps in which only the proposal is trained, if it is.
     :param int monitor_every: training steps between comparisons with quadrature, 0 for none.
@@ -104,6 +107,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         energy_bound: float = 20.0,
         num_importance_samples: int = 20,
         num_gradient_samples: int | None = 4,
+        max_conditionals: int | None = 4096,
         num_evaluation_samples: int = 1000,
         warmup_steps: int = 0,
         monitor_every: int = 250,
@@ -120,6 +124,7 @@ class AutoregressiveEnergyMachine(nn.Module):
             warmup_steps=(warmup_steps, 0),
             monitor_every=(monitor_every, 0),
             num_gradient_samples=(1 if num_gradient_samples is None else num_gradient_samples, 1),
+            max_conditionals=(1 if max_conditionals is None else max_conditionals, 1),
         )
         if not min_scale > 0.0:
             raise ValueError(f"min_scale={min_scale!r}: give a positive number.")
@@ -133,6 +138,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         self.num_importance_samples, self.warmup_steps = num_importance_samples, warmup_steps
         # with dropout, a second evaluation would be of another function
         self._num_gradient_samples = None if dropout else num_gradient_samples
+        self.max_conditionals = max_conditionals
         self._fixed = check_proposal(proposal, features)
         if self._fixed is not None and reference == "broad":
             raise ValueError("reference='broad' goes with proposal='gaussian_mixture' only.")
@@ -253,25 +259,26 @@ class AutoregressiveEnergyMachine(nn.Module):
         step = int(self.training_steps)
         if self.training:
             self.training_steps += 1
-        log_prob = torch.zeros_like(log_det)
+        loss, log_det = torch.zeros_like(log_q[0]), log_det.mean()
         if self._fixed is None and self.training:
-            log_prob = log_q.reshape(x.shape).sum(-1) + log_det
-        is_warming_up = self.training and self._fixed is None and step < self.warmup_steps
-        if not is_warming_up:
-            detached = conditionals.detach_proposal()
-            u, normalizer = data_estimate(
-                detached, z, self.num_importance_samples, self._num_gradient_samples
+            loss = -(self.features * log_q.mean() + log_det)
+            if step < self.warmup_steps:
+                return loss
+        detached, log_r = conditionals.detach_proposal(), log_q.detach()
+        if self.training and len(z) > (self.max_conditionals or math.inf):
+            some = torch.randperm(len(z), device=z.device)[: self.max_conditionals]
+            detached, z, log_r = detached.select(some), z[some], log_r[some]
+        u, normalizer = data_estimate(
+            detached, z, self.num_importance_samples, self._num_gradient_samples
+        )
+        if self.reference == "broad":
+            log_r = detached.log_reference(z.unsqueeze(-1)).squeeze(-1)
+        log_p = log_r + u - normalizer.log_normalizer
+        if self.training and self.monitor.is_due(step):
+            self.monitor.check(
+                detached, z, self.num_importance_samples, features=self.features, step=step
             )
-            log_r = log_q.detach()
-            if self.reference == "broad":
-                log_r = detached.log_reference(z.unsqueeze(-1)).squeeze(-1)
-            log_p = log_r + u - normalizer.log_normalizer
-            log_prob = log_prob + (log_p.reshape(x.shape).sum(-1) + log_det)
-            if self.training and self.monitor.is_due(step):
-                self.monitor.check(
-                    detached, z, self.num_importance_samples, features=self.features, step=step
-                )
-        return -log_prob.mean()
+        return loss - (self.features * log_p.mean() + log_det)
 
     def diagnostics(self) -> dict[str, list[float] | list[str]]:
         """

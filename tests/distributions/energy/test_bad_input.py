@@ -34,6 +34,7 @@ LOSS = AutoregressiveEnergyMachine.training_loss
         {"energy_bound": -1.0},
         {"num_importance_samples": 2},
         {"num_gradient_samples": 0},
+        {"max_conditionals": 0},
         {"num_evaluation_samples": 0},
         {"warmup_steps": -1},
         {"monitor_every": 2.5},

@@ -75,6 +75,31 @@ def test_gradients_of_the_loss_are_those_of_finite_differences(reference: str) -
         assert found == pytest.approx(slope, rel=1e-4, abs=1e-7), name
 
 
+def test_some_of_the_conditionals_stand_for_all() -> None:
+    """The loss and its gradient have the same mean; in evaluation mode none are left out."""
+    aem = random_machine(5, amount=0.3).train()
+    x = torch.randn(8, 5)
+
+    def loss_and_slope(max_conditionals: int | None) -> Tensor:
+        aem.max_conditionals = max_conditionals
+        loss = aem.training_loss(x)
+        slope = torch.autograd.grad(loss, aem.energy.output.bias)[0]
+        return torch.stack([loss.detach(), slope[0]])
+
+    whole, parts = (
+        torch.stack([loss_and_slope(number) for _ in range(100)]) for number in (None, 10)
+    )
+    error = ((parts.var(0) + whole.var(0)) / len(parts)).sqrt()
+    assert (parts.std(0) > 2 * whole.std(0)).all(), "all conditionals took part"
+    assert ((parts.mean(0) - whole.mean(0)).abs() < 5 * error).all()
+    values = []
+    for number in (None, 10):
+        torch.manual_seed(0)
+        aem.eval().max_conditionals = number
+        values.append(float(aem.training_loss(x).detach()))
+    assert values[0] == values[1]
+
+
 def test_the_proposal_learns_from_its_own_density_alone() -> None:
     aem, x = random_machine(2).train(), torch.randn(30, 2)
     with torch.no_grad():
