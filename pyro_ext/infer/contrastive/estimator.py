@@ -172,8 +172,8 @@ class ContrastiveEstimator(nn.Module):
     def fit(
         self,
         *,
-        num_epochs: int = 100,
-        batch_size: int = 200,
+        num_epochs: int = 60,
+        batch_size: int = 100,
         learning_rate: float = 2e-3,
         weight_decay: float = 0.0,
         validation_fraction: float = 0.1,
