@@ -96,6 +96,7 @@ class ScoreNetwork(nn.Module):
         check_settings(
             dropout,
             features=(features, 1),
+            hidden_features=(hidden_features, 1),
             context_features=(context_features, 0),
             frequencies=(frequencies, 0),
         )

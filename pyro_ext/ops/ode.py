@@ -33,7 +33,7 @@ Field = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Derivatives from times ``(n,)``, states ``(n, m)`` and the numbers of the rows ``(n,)``."""
 
 ROWWISE = "rowwise"
-ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2")
+ADAPTIVE_METHODS = ("dopri5", "dopri8", "adaptive_heun")
 FIXED_METHODS = ("euler", "midpoint", "heun3", "rk4")
 METHODS = (ROWWISE, *ADAPTIVE_METHODS, *FIXED_METHODS)
 

@@ -131,23 +131,25 @@ def divergence(
         # a view, so that the gradient is that of these rows alone
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         found = score(x, t, rows)
-        vectors = probes
-        if vectors is None:
-            identity = torch.eye(x[:1].numel(), dtype=x.dtype, device=x.device)
-            vectors = identity.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
         if not found.requires_grad:  # a score that does not depend on x
             return found, x.new_zeros(len(x))
-        products = torch.autograd.grad(
-            found,
-            x,
-            vectors,
-            create_graph=keeps_graph,
-            retain_graph=True,
-            is_grads_batched=True,
-            materialize_grads=True,
-        )[0]
-        traces = (products * vectors).flatten(2).sum(-1)
-        trace = traces.sum(0) if probes is None else traces.mean(0)
+        if probes is None:
+            identity = torch.eye(x[:1].numel(), dtype=x.dtype, device=x.device)
+            probes, weight = identity.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape), 1.0
+        else:
+            weight = 1 / len(probes)
+        # One after the other: not all layers, attention for one, have a vectorised derivative.
+        trace = x.new_zeros(len(x))
+        for vector in probes:
+            product = torch.autograd.grad(
+                found,
+                x,
+                vector,
+                create_graph=keeps_graph,
+                retain_graph=True,
+                materialize_grads=True,
+            )[0]
+            trace = trace + weight * (product * vector).flatten(1).sum(-1)
     return (found, trace) if keeps_graph else (found.detach(), trace.detach())
 
 

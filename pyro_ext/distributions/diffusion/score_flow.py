@@ -277,7 +277,7 @@ class ScoreFlow(nn.Module):
 
 
 def _checked_shape(event_shape: int | Sequence[int]) -> torch.Size:
-    sizes = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+    sizes = tuple(event_shape) if isinstance(event_shape, Sequence) else (event_shape,)
     if len(sizes) not in (1, 3) or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(
             "event_shape must be a number of features or (channels, height, width), got "

@@ -23,8 +23,8 @@ class OdeSettings(NamedTuple):
 
     solver: str = ROWWISE
     """``"rowwise"``: Dormand-Prince with a step size for every row. By ``torchdiffeq``, with one
-    for all rows: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"adaptive_heun"``,
-    ``"fehlberg2"``; with fixed steps ``"euler"``, ``"midpoint"``, ``"heun3"``, ``"rk4"``."""
+    for all rows: ``"dopri5"``, ``"dopri8"``, ``"adaptive_heun"``; with fixed steps
+    ``"euler"``, ``"midpoint"``, ``"heun3"``, ``"rk4"``."""
 
     rtol: float = 1e-5
     """Relative tolerance of adaptive solvers."""

@@ -1,0 +1,67 @@
+"""Networks over noisy data and time."""
+
+import pytest
+import torch
+
+from pyro_ext.nn import ScoreNetwork, TimeEmbedding, UNet
+
+
+def _randomize(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+
+
+def test_features_of_time_tell_times_apart() -> None:
+    t = torch.linspace(0, 1, 200)
+    angles = t.unsqueeze(-1) * TimeEmbedding(16).frequencies
+    features = torch.cat([angles.sin(), angles.cos()], -1)
+    distances = torch.cdist(features, features) + torch.eye(200) * 10
+    assert float(distances.min()) > 0.05
+
+
+@pytest.mark.parametrize("context_features", [0, 2])
+def test_vectors(context_features: int) -> None:
+    network = ScoreNetwork(3, 16, context_features=context_features, frequencies=2)
+    x, t = torch.randn(5, 3), torch.rand(5)
+    context = torch.randn(5, context_features) if context_features else None
+    assert float(network(x, t, context).detach().abs().max()) == 0.0
+    _randomize(network)
+    output = network(x, t, context)
+    assert output.shape == x.shape
+    # every row is on its own
+    torch.testing.assert_close(
+        network(x[2:3], t[2:3], None if context is None else context[2:3]), output[2:3]
+    )
+    assert not torch.equal(output, network(x, 0.5 * t, context))
+    if context is not None:
+        assert not torch.equal(output, network(x, t, context + 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("residual_blocks", [1, 2])
+def test_images(shape: tuple[int, ...], residual_blocks: int) -> None:
+    network = UNet(
+        shape, 8, multipliers=(1, 2, 2), context_features=2, residual_blocks=residual_blocks
+    )
+    x, t, context = torch.randn(4, *shape), torch.rand(4), torch.randn(4, 2)
+    assert float(network(x, t, context).detach().abs().max()) == 0.0
+    _randomize(network)
+    output = network(x, t, context)
+    assert output.shape == x.shape
+    torch.testing.assert_close(network(x[1:2], t[1:2], context[1:2]), output[1:2])
+    assert not torch.equal(output, network(x, t, context + 1))
+    loss = output.square().sum()
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    assert all(bool(g.abs().sum() > 0) for g in gradients)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"hidden_channels": 12}, {"hidden_channels": 0}, {"multipliers": ()}, {"dropout": 1.0}],
+    ids=str,
+)
+def test_settings_of_images_out_of_range(settings: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        UNet((1, 8, 8), **settings)
