@@ -10,6 +10,7 @@ Each has the latent site ``theta`` and the observed site ``x``; some have noise 
 from .gaussian_linear import GAUSSIAN_LINEAR as GAUSSIAN_LINEAR
 from .lotka_volterra_jump import LOTKA_VOLTERRA_JUMP as LOTKA_VOLTERRA_JUMP
 from .lotka_volterra_sde import LOTKA_VOLTERRA_SDE as LOTKA_VOLTERRA_SDE
+from .lotka_volterra_sde import LOTKA_VOLTERRA_SDE_PLAUSIBLE as LOTKA_VOLTERRA_SDE_PLAUSIBLE
 from .queue import QUEUE as QUEUE
 from .slcp import SLCP as SLCP
 from .task import Reference as Reference
@@ -21,6 +22,7 @@ __all__ = [
     "GAUSSIAN_LINEAR",
     "LOTKA_VOLTERRA_JUMP",
     "LOTKA_VOLTERRA_SDE",
+    "LOTKA_VOLTERRA_SDE_PLAUSIBLE",
     "QUEUE",
     "SLCP",
     "TASKS",
@@ -32,5 +34,13 @@ __all__ = [
 
 TASKS = {
     task.name: task
-    for task in (GAUSSIAN_LINEAR, TWO_MOONS, SLCP, LOTKA_VOLTERRA_SDE, LOTKA_VOLTERRA_JUMP, QUEUE)
+    for task in (
+        GAUSSIAN_LINEAR,
+        TWO_MOONS,
+        SLCP,
+        LOTKA_VOLTERRA_SDE,
+        LOTKA_VOLTERRA_SDE_PLAUSIBLE,
+        LOTKA_VOLTERRA_JUMP,
+        QUEUE,
+    )
 }

@@ -18,7 +18,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .task import Reference, Task, draw_on_grid, resample
+from .task import Reference, Task, draw_on_grid, effective_draws, resample
 
 __all__ = ["SLCP", "likelihood", "model"]
 
@@ -30,8 +30,8 @@ OBSERVATION = (
     (-0.13285634, -3.36401699),
     (-0.85367595, -2.42716377),
 )
-_GRID = 64
-_DRAWS_PER_DRAW = 40
+_GRID = 48
+_DRAWS_PER_DRAW = (40, 400, 4000)  # more where the posterior is a thin ridge
 
 
 def model() -> Tensor:
@@ -69,35 +69,77 @@ def _reference(x: Tensor, num_draws: int) -> Reference:
     """
     Nearly independent draws, by importance sampling in three dimensions.
 
-    With the mean integrated out (over the whole plane), the likelihood is that of the scatter of
-    the points; the mean given the rest is normal around their average, and draws outside the box
-    have no weight. The signs of the third and fourth parameter are arbitrary.
+    With the mean integrated out over the whole plane, the likelihood is that of the scatter of the
+    points. Given the rest, the mean is normal around their average and cut off by the box: its
+    first element is drawn from its marginal, the second given the first. What the box leaves of
+    both goes into the weights, and as far as the rest determines it, into the proposal. Signs of
+    the third and the fourth parameter are arbitrary, and their logarithms have scales that do not
+    depend on the data.
     """
     average = x.mean(0)
     scatter = (x - average).T @ (x - average)
 
     def log_density(rest: Tensor) -> Tensor:
-        first, second = rest[:, 0].square(), rest[:, 1].square()
-        rho, complement = rest[:, 2].tanh(), 1 / rest[:, 2].cosh()
-        # 1/2 tr(S^-1 scatter), and all but one of the four determinants
+        first, second, rho, complement = _scales(rest)
         standard = scatter[0, 0] / first**2 + scatter[1, 1] / second**2
         product = 2 * rho * scatter[0, 1] / (first * second)
         exponent = 0.5 * (standard - product) / complement**2
-        return -exponent - (NUM_POINTS - 1) * (first * second * complement).log()
+        # all but one of the four determinants, and the Jacobian of the logarithms
+        log_factor = rest[:, :2].sum(-1) - (NUM_POINTS - 1) * (first * second * complement).log()
+        return log_factor - exponent + _log_marginals_in_box(average, rest).sum(-1)
 
-    number = _DRAWS_PER_DRAW * num_draws
-    axes = [(0.0, BOUND, _GRID), (0.0, BOUND, _GRID), (-BOUND, BOUND, _GRID)]
-    rest, log_weights = draw_on_grid(log_density, axes, number)
-    first, second = rest[:, 0].square(), rest[:, 1].square()
-    normal = torch.randn(number, 2).to(x)
-    rho, complement = rest[:, 2].tanh(), 1 / rest[:, 2].cosh()
-    correlated = rho * normal[:, 0] + complement * normal[:, 1]
-    spread = torch.stack([first * normal[:, 0], second * correlated], -1)
-    mean = average + spread / math.sqrt(NUM_POINTS)
-    log_weights[(mean.abs() > BOUND).any(-1)] = -torch.inf
-    signs = 2.0 * torch.randint(2, (number, 2)).to(x) - 1
-    theta = torch.cat([mean, signs * rest[:, :2], rest[:, 2:]], -1)
+    # below these bounds the exponent of either variance alone exceeds 60
+    lows = (0.25 * (scatter.diagonal() / 120).log()).clamp(max=math.log(BOUND) - 0.5).tolist()
+    axes = [(low, math.log(BOUND), _GRID) for low in lows]
+    axes.append((-BOUND, BOUND, _GRID))
+    for factor in _DRAWS_PER_DRAW:
+        rest, log_weights = draw_on_grid(log_density, axes, factor * num_draws)
+        mean, log_inside = _draw_mean(average, rest)
+        log_weights = log_weights + log_inside - _log_marginals_in_box(average, rest).sum(-1)
+        if effective_draws(log_weights) >= 10 * num_draws:
+            break
+    signs = 2.0 * torch.randint(2, (len(rest), 2)).to(x) - 1
+    theta = torch.cat([mean, signs * rest[:, :2].exp(), rest[:, 2:]], -1)
     return resample(theta, log_weights, num_draws)
+
+
+def _draw_mean(average: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws in the box, shape ``(n, 2)``, and the log-probabilities of what was left to them."""
+    first, second, rho, complement = _scales(rest)
+    error = NUM_POINTS**-0.5
+    mean_1, log_inside_1 = _draw_in_box(average[0], error * first)
+    centre = average[1] + rho * second / first * (mean_1 - average[0])
+    mean_2, log_inside_2 = _draw_in_box(centre, error * second * complement)
+    return torch.stack([mean_1, mean_2], -1), log_inside_1 + log_inside_2
+
+
+def _scales(rest: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Standard deviations, correlation, and the square root of one minus its square."""
+    first, second = (2 * rest[:, :2]).exp().unbind(-1)
+    return first, second, rest[:, 2].tanh(), 1 / rest[:, 2].cosh()
+
+
+def _log_marginals_in_box(average: Tensor, rest: Tensor) -> Tensor:
+    """Log-probability that each element of the mean alone is in the box, shape ``(n, 2)``."""
+    scale = (2 * rest[:, :2]).exp() * NUM_POINTS**-0.5
+    return _log_probability_in_box(average.expand_as(scale), scale)
+
+
+def _log_probability_in_box(centre: Tensor, scale: Tensor) -> Tensor:
+    # by symmetry in the lower tail, where probabilities are accurate
+    high = torch.special.log_ndtr((BOUND - centre.abs()) / scale)
+    low = torch.special.log_ndtr((-BOUND - centre.abs()) / scale)
+    return high + (-(low - high).exp()).log1p()
+
+
+def _draw_in_box(centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Normal draws cut off by the box, and the log-probability of what is left."""
+    high = torch.special.ndtr((BOUND - centre.abs()) / scale)
+    low = torch.special.ndtr((-BOUND - centre.abs()) / scale)
+    standard = torch.special.ndtri(low + (high - low) * torch.rand_like(scale))
+    draws = torch.where(centre > 0, 1.0, -1.0) * (centre.abs() + scale * standard)
+    # where nothing of the probability is left in double precision, neither is the weight
+    return draws.clamp(-BOUND, BOUND), _log_probability_in_box(centre.expand_as(scale), scale)
 
 
 SLCP = Task(

@@ -18,6 +18,7 @@ __all__ = [
     "Task",
     "cached_reference",
     "draw_on_grid",
+    "effective_draws",
     "resample",
 ]
 
@@ -148,14 +149,20 @@ def draw_on_grid(
     return draws, log_density(draws) - log_mass[cells]
 
 
+def effective_draws(log_weights: Tensor) -> float:
+    """Kish's effective number of weighted draws."""
+    return float(1 / torch.softmax(log_weights, 0).square().sum())
+
+
 def resample(draws: Tensor, log_weights: Tensor, num_draws: int) -> Reference:
     """
-    Draws of equal weight from many more weighted ones, without repetition.
+    Draws of equal weight from many more weighted ones, without repetition, in random order.
 
     :raises ValueError: if fewer than ten times as many effective draws are there.
     """
-    weights = torch.softmax(log_weights, 0)
-    ess = float(1 / weights.square().sum())
+    ess = effective_draws(log_weights)
     if ess < 10 * num_draws:
         raise ValueError(f"{ess:.0f} effective draws are too few to choose {num_draws} from.")
-    return Reference(draws[torch.multinomial(weights, num_draws)], ess)
+    chosen = torch.multinomial(torch.softmax(log_weights, 0), num_draws)
+    # those with larger weights tend to be chosen first
+    return Reference(draws[chosen[torch.randperm(num_draws)]], ess)
