@@ -60,9 +60,10 @@ class ConstrainedHMC(ConstrainedKernel):
     :param num_steps: integrator steps of a trajectory; by default as many as cover
         ``trajectory_length``.
     :param trajectory_length: integration time of a trajectory. With ``"adapt"`` warm-up finds the
-        one after which squares of the inputs are decorrelated, over all chains: the ChEES
-        criterion of Hoffman, Radul and Sountsov (2021), per input. Without warm-up it is
-        :math:`\pi/2`, a quarter turn of a standard normal. Ignored when ``num_steps`` is given.
+        one that changes inputs and their squares most for its cost, over all chains: the ChEES
+        criterion of Hoffman, Radul and Sountsov (2021), per input and per step, with the
+        expected squared jump. Without warm-up it is :math:`\pi/2`, a quarter turn of a
+        standard normal. Ignored when ``num_steps`` is given.
     :param float jitter: every trajectory's length is multiplied by a factor in
         ``[1 - jitter, 1 + jitter]``, shared by the chains, against resonances; the factors are
         Halton's sequence, which fills the interval evenly. The step used is shortened to divide
@@ -230,9 +231,9 @@ class ConstrainedHMC(ConstrainedKernel):
     ) -> LengthAdaptation:
         # steps are shortened to trajectories shorter than they are: without a bound all would be
         # accepted, and the step size grow for ever; averaged, because of the long ones it tries
-        shortest = _FIRST_STEPS * dual_averaging_final(chains.averaging)
-        longest = max(shortest, self._longest(chains))
-        length = length_adaptation_update(length, trajectories, chains.scale, shortest, longest)
+        step_size = dual_averaging_final(chains.averaging)
+        longest = max(_FIRST_STEPS * step_size, self._longest(chains))
+        length = length_adaptation_update(length, trajectories, chains.scale, step_size, longest)
         is_last = chains.iteration == self._warmup_steps - 1
         return freeze_length(length) if is_last else length
 
