@@ -147,15 +147,15 @@ def answer_by_guide(
         predict_seconds,
         guide.c_elbo(EVALUATION_DRAWS),
         guide.query_log_prob(questions.x, EVALUATION_DRAWS),
-        None if grid is None or flow == "fcn" else integrated_by(guide, grid, len(questions.x)),
+        None if grid is None or flow == "fcn" else integrated_by(guide, grid),
         note,
     )
 
 
 @torch.no_grad()
-def integrated_by(guide: ConditionalPriorGuide, grid: references.Grid, rows: int) -> Tensor:
+def integrated_by(guide: ConditionalPriorGuide, grid: references.Grid) -> Tensor:
     """The query's log-probability under a guide that can tell its density everywhere."""
-    return grid.integrate_query(lambda z: guide.log_prob({"z": z.expand(-1, rows, -1)}))
+    return grid.integrate_query(lambda z: guide.log_prob({"z": z}))
 
 
 # -- stock Pyro: one question after the other -----------------------------------------------------
