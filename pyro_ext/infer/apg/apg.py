@@ -71,6 +71,9 @@ class APG:
     :param local_plates: names of plates whose elements are independent given all latents
         outside of them. A block inside of one is trained with weights of its own for every
         element, without which blocks of many elements hardly train.
+    :param int model_sweeps: how many of the last sweeps the parameters of the model are trained
+        on, by default all. Particles of early sweeps are far from the posterior, and a model that
+        is trained on them learns to explain these.
     :raises ValueError: if a setting is out of its range; at the first run, if the programs do not
         fit together, naming the site and what to do.
 
@@ -123,12 +126,19 @@ class APG:
         resampler: str | Resampler | None = "systematic",
         batch_plate: str | None = None,
         local_plates: Collection[str] = (),
+        model_sweeps: int | None = None,
     ) -> None:
         _check_programs(model, encoder, kernels)
         if isinstance(local_plates, str):
             local_plates = (local_plates,)
         _check_number("num_particles", num_particles, 2)
         _check_number("num_sweeps", num_sweeps, 1)
+        if model_sweeps is not None:
+            _check_number("model_sweeps", model_sweeps, 1)
+            if model_sweeps > num_sweeps:
+                raise ValueError(
+                    f"model_sweeps={model_sweeps}, but there are only num_sweeps={num_sweeps}."
+                )
         if num_sweeps > 1 and not callable(kernels) and not kernels:
             raise ValueError(
                 f"num_sweeps={num_sweeps}, but there are no kernels to sweep with. Give kernels, "
@@ -149,6 +159,7 @@ class APG:
             resampler=_resampler(resampler),
             batch_plate=batch_plate,
             local_plates=tuple(local_plates),
+            model_sweeps=model_sweeps,
         )
 
     def step(self, *args: Any, **kwargs: Any) -> float:

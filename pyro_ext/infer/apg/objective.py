@@ -31,7 +31,7 @@ class Gradients(NamedTuple):
     by_parameter: list[tuple[Tensor, Tensor | None]]  # None where the loss does not depend on it
 
 
-def update_loss(update: Update) -> Tensor:
+def update_loss(update: Update, model_learns: bool = True) -> Tensor:
     r"""
     What an update contributes to the objective (algorithm 3, lines 5, 6, 15 and 16).
 
@@ -45,11 +45,13 @@ def update_loss(update: Update) -> Tensor:
     proposed well.
 
     :param Update update: the update.
+    :param bool model_learns: whether the model's parameters have a gradient.
     :returns: a scalar.
     """
     weighed = update.weighed
     weights = torch.softmax(weighed.log_weights, 0)
-    loss = -_weighted(weights, update.log_joint).mean()
+    log_joint = update.log_joint if model_learns else update.log_joint.detach()
+    loss = -_weighted(weights, log_joint).mean()
     if weighed.local_log_prob is not None and weighed.local_weights is not None:
         return loss - _weighted(weighed.local_weights, weighed.local_log_prob).sum(-1).mean()
     if weighed.log_prob is not None:
@@ -84,6 +86,7 @@ class APGObjective(nn.Module):
         resampler: Resampler | None,
         batch_plate: str | None,
         local_plates: tuple[str, ...],
+        model_sweeps: int | None = None,
     ) -> None:
         super().__init__()
         self._model = (model,)  # in tuples, so that only what is trained is registered
@@ -92,6 +95,7 @@ class APGObjective(nn.Module):
         self.num_particles, self.num_sweeps = num_particles, num_sweeps
         self.resampler = resampler
         self.batch_plate, self.local_plates = batch_plate, local_plates
+        self.model_sweeps = num_sweeps if model_sweeps is None else model_sweeps
         parts: dict[str, list[Any]] = {"model": [model], "encoder": [encoder]}
         parts["kernels"] = [kernels] if callable(kernels) else list(kernels)
         self.parts = nn.ModuleDict()
@@ -151,6 +155,15 @@ class APGObjective(nn.Module):
             self.resampler,
         )
 
+    def loss_of(self, update: Update) -> Tensor:
+        """
+        What an update contributes to the objective, with the model's part in the last sweeps only.
+
+        :param Update update: the update.
+        :returns: a scalar.
+        """
+        return update_loss(update, update.sweep >= self.num_sweeps - self.model_sweeps)
+
     def gradients(self, *args: Any, **kwargs: Any) -> Gradients:
         """
         Run the sampler, and compute the loss and its gradients.
@@ -168,7 +181,7 @@ class APGObjective(nn.Module):
         def differentiate() -> Iterator[Update]:
             for update in self.run(args, kwargs):
                 known.update({id(p): p for p in update.parameters.values()})
-                loss = update_loss(update)
+                loss = self.loss_of(update)
                 losses.append(loss.detach())
                 if loss.requires_grad:
                     if not self._is_checked:
@@ -192,7 +205,7 @@ class APGObjective(nn.Module):
         :returns: a scalar.
         """
         if not torch.is_grad_enabled():
-            losses = [update_loss(update) for update in self.run(args, kwargs)]
+            losses = [self.loss_of(update) for update in self.run(args, kwargs)]
             return torch.stack(losses).sum()
         loss, pairs = self.gradients(*args, **kwargs)
         if not pairs:

@@ -319,6 +319,8 @@ def test_particles_without_weight_are_left_behind() -> None:
         ({"num_particles": 1}, ValueError, "num_particles=1 must be at least 2"),
         ({"num_sweeps": 0}, ValueError, "num_sweeps=0 must be at least 1"),
         ({"num_sweeps": 2.0}, TypeError, "num_sweeps=2.0 must be an integer"),
+        ({"model_sweeps": 0}, ValueError, "model_sweeps=0 must be at least 1"),
+        ({"model_sweeps": 3, "num_sweeps": 2}, ValueError, "there are only num_sweeps=2"),
         ({"resampler": "sistematic"}, ValueError, "Did you mean 'systematic'"),
         ({"kernels": [], "num_sweeps": 2}, ValueError, "no kernels to sweep with"),
         ({"kernels": ["rate"]}, TypeError, "kernels has 'rate'"),

@@ -161,6 +161,29 @@ def test_the_module_has_the_gradient_of_all_updates() -> None:
     assert set(ready) == set(objective.state_dict())  # and no module is there twice
 
 
+def test_the_model_learns_from_the_last_sweeps_only() -> None:
+    """Its gradient is that of their updates; those of the proposals are as ever."""
+    model, tables = Labels(), Tables()
+    x = X.expand(5, 2)
+    gradients = {}
+    for model_sweeps in (None, 1):
+        objective = labels_sampler(model, tables, model_sweeps=model_sweeps).objective
+        objective.programs((x,), {})
+        pyro.set_rng_seed(3)
+        objective.zero_grad()
+        objective(x).backward()
+        gradients[model_sweeps] = {name: p.grad for name, p in objective.named_parameters()}
+    pyro.set_rng_seed(3)
+    losses = [update_loss(u) for u in objective.run((x,), {}) if u.sweep == 2]
+    (expected,) = torch.autograd.grad(torch.stack(losses).sum(), [model.shift])
+    for name, parameter in objective.named_parameters():
+        if parameter is model.shift:
+            torch.testing.assert_close(gradients[1][name], expected)
+            assert gradients[None][name] != expected
+        else:
+            torch.testing.assert_close(gradients[1][name], gradients[None][name])
+
+
 class _Saved:
     """A tensor that a graph keeps for its backward pass, counted as long as it is kept."""
 
