@@ -6,10 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import normalize, silu
 
 from .block import check_settings
-from .fourier import waves
 from .residual import ResidualNetwork
 
 __all__ = ["ScoreNetwork", "TimeEmbedding"]
@@ -70,8 +69,10 @@ class ScoreNetwork(nn.Module):
     :param int context_features: size of a context, 0 for none.
     :param int residual_blocks: number of blocks, each of two layers.
     :param int time_features: size of the features of time.
-    :param int frequencies: waves of each number that are put next to it, for densities with
-        fine structure.
+    :param int frequencies: waves in random directions that are put next to the data, for
+        densities with fine structure (Tancik et al. 2020); 128, say.
+    :param float max_frequency: the largest of their frequencies, in radians for each unit of
+        the data; the smallest is 1.
     :param float dropout: probability of dropping an input of the second layer of a block.
     :raises ValueError: if a size is too small.
 
@@ -80,6 +81,8 @@ class ScoreNetwork(nn.Module):
     >>> network(torch.randn(10, 3), torch.rand(10), torch.randn(10, 2)).abs().max()
     tensor(0., grad_fn=<MaxBackward1>)
     """
+
+    waves: Tensor
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class ScoreNetwork(nn.Module):
         residual_blocks: int = 3,
         time_features: int = 32,
         frequencies: int = 0,
+        max_frequency: float = 40.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -100,11 +104,14 @@ class ScoreNetwork(nn.Module):
             context_features=(context_features, 0),
             frequencies=(frequencies, 0),
         )
-        self.context_features, self.frequencies = context_features, frequencies
+        self.context_features = context_features
+        directions = normalize(torch.randn(features, frequencies), dim=0)
+        lengths = max_frequency ** torch.linspace(0, 1, frequencies)
+        self.register_buffer("waves", directions * lengths)
         self.time = TimeEmbedding(time_features)
         condition = time_features + context_features
         self.body = ResidualNetwork(
-            features * (1 + 2 * frequencies),
+            features + 2 * frequencies,
             hidden_features,
             hidden_features,
             context_features=condition,
@@ -129,5 +136,8 @@ class ScoreNetwork(nn.Module):
         condition = silu(self.time(t))
         if context is not None:
             condition = torch.cat([condition, context], -1)
-        hidden = silu(self.body(waves(x, self.frequencies), condition))
+        if self.waves.numel():
+            angles = x @ self.waves
+            x = torch.cat([x, angles.sin(), angles.cos()], -1)
+        hidden = silu(self.body(x, condition))
         return self.output(hidden * (1 + self.gain(condition)))

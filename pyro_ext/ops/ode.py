@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint, odeint_adjoint
 
 __all__ = [
     "ADAPTIVE_METHODS",
@@ -197,6 +196,9 @@ def integrate_jointly(
         to these tensors; ``None`` for gradients through the steps.
     :returns: the solution.
     """
+    # imported here, since SciPy, which it imports, changes the filters of warnings
+    from torchdiffeq import odeint, odeint_adjoint
+
     rows = torch.arange(len(state), device=state.device)
     reached = torch.full_like(rows, OK)
     if not len(state):

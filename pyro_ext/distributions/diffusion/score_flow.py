@@ -53,8 +53,8 @@ class ScoreFlow(nn.Module):
         zero then, and an added last feature says so), for guidance without a classifier.
     :param int hidden_features: of the default network: size of hidden layers, or channels.
     :param int residual_blocks: of the default network: blocks, or blocks for each resolution.
-    :param int frequencies: of the default network for vectors: waves of each number, for
-        densities with fine structure.
+    :param int frequencies: of the default network for vectors: waves that are put next to the
+        data, for densities with fine structure; 128, say.
     :param float dropout: of the default network.
     :param OdeSettings ode: how densities and draws are computed.
     :raises ValueError: if an argument is out of range.

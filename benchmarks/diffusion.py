@@ -1,0 +1,486 @@
+"""Score flows: cost of densities, of training and of draws, and densities that are known.
+
+Claims: a training step costs at most a twentieth of that of a continuous flow trained by its
+likelihood, for a density at least as good in the same time; a hard value does not slow the others
+of its batch; in the plane the density is within 0.05 nats of the truth.
+
+    python benchmarks/diffusion.py cost      # of log_prob, against dimension and tolerance
+    python benchmarks/diffusion.py stalling  # one value far out in a batch
+    python benchmarks/diffusion.py ffjord    # training beside zuko's continuous flow
+    python benchmarks/diffusion.py draws     # distance to the truth against evaluations
+    python benchmarks/diffusion.py plane     # four densities in the plane
+    python benchmarks/diffusion.py ablation  # digits: weighting, importance sampling, dequantising
+
+Times are processor time with one thread, which other programs on the machine spoil least. Gaps
+are means of true minus learned log-density over test points, in nats. Finished runs are kept in
+``benchmarks/output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, MixtureSameFamily, Normal
+
+from benchmarks._report import OUTPUT, progress, threads_in_words, write_table
+from pyro_ext.datasets import Checkerboard, Rings, RotatedGrid, TwoSpirals, digits
+from pyro_ext.distributions import (
+    DequantizedFlow,
+    NeuralSplineFlow,
+    ScoreFlow,
+    UniformDequantization,
+    VariationalDequantization,
+    bits_per_dimension,
+)
+from pyro_ext.distributions.diffusion import (
+    VPSDE,
+    OdeSettings,
+    SubVPSDE,
+    dequantized_training_loss,
+)
+from pyro_ext.training import fit_density
+
+PACKAGES = ["torch", "pyro-ppl", "torchdiffeq"]
+BATCH, NUM_TRAIN, NUM_TEST = 512, 200_000, 2000
+DENSITIES: dict[str, Callable[[], TorchDistribution]] = {
+    "grid": RotatedGrid,
+    "checkerboard": Checkerboard,
+    "spirals": TwoSpirals,
+    "rings": Rings,
+}
+
+
+def spent(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What a function returns, and the processor time it took."""
+    start = time.process_time()
+    result = function()
+    return result, time.process_time() - start
+
+
+def kept(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of a run, from its file or else by running."""
+    path = os.path.join(OUTPUT, f"diffusion_{name}.json")
+    if os.path.exists(path):
+        with open(path) as file:
+            return json.load(file)
+    progress(name)
+    result = run()
+    progress(f"  {result}")
+    os.makedirs(OUTPUT, exist_ok=True)
+    with open(path, "w") as file:
+        json.dump(result, file)
+    return result
+
+
+def trained(data: Tensor, steps: int, flow: ScoreFlow, learning_rate: float = 4e-3) -> ScoreFlow:
+    fit_density(
+        flow,
+        data,
+        loss=ScoreFlow.training_loss,
+        num_steps=steps,
+        batch_size=BATCH,
+        learning_rate=learning_rate,
+        ema_decay=0.998,
+        progress=False,
+    )
+    return flow.eval()
+
+
+def modes(dimension: int) -> Distribution:
+    """Every number independently from two narrow modes."""
+    weights = Categorical(torch.tensor([0.3, 0.7]).expand(dimension, 2))
+    components = Normal(torch.tensor([-1.0, 1.0]).expand(dimension, 2), 0.2)
+    return torch.distributions.Independent(MixtureSameFamily(weights, components), 1)
+
+
+# -- cost of densities ----------------------------------------------------------------------------
+
+
+def cost(args: argparse.Namespace) -> None:
+    rows = []
+    for dimension in (2, 8, 32, 64):
+        torch.manual_seed(0)
+        truth = modes(dimension)
+        flow = ScoreFlow(dimension, hidden_features=64, sde=VPSDE(start=1e-4))
+        trained(truth.sample((20_000,)), args.steps or 1000, flow)
+        x = truth.sample((256,))
+        with torch.no_grad():
+            reference = flow().log_prob(x, rtol=1e-7, atol=1e-7, trace="exact")
+            gap = float((truth.log_prob(x) - reference).mean())
+            for trace in ("exact", "hutchinson"):
+                for tolerance in (1e-3, 1e-5):
+                    settings = {"rtol": tolerance, "atol": tolerance, "trace": trace}
+                    found, seconds = spent(partial(flow().density, x, **settings))
+                    error = (found.log_prob - reference).abs()
+                    rows.append(
+                        {
+                            "dimension": f"{dimension}",
+                            "gap": f"{gap:.3f}",
+                            "trace": trace,
+                            "tolerance": f"{tolerance:g}",
+                            "evaluations": f"{float(found.num_evaluations.double().mean()):.0f}",
+                            "at most": f"{int(found.num_evaluations.max())}",
+                            "CPU ms per value": f"{1e3 * seconds / len(x):.2f}",
+                            "mean error": f"{float(error.mean()):.1e}",
+                        }
+                    )
+    write_table("diffusion_cost", rows, f"{threads_in_words(1)}, 256 values", PACKAGES)
+
+
+def stalling(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    truth = modes(2)
+    flow = ScoreFlow(2, hidden_features=64, sde=VPSDE(start=1e-4))
+    trained(truth.sample((20_000,)), args.steps or 1000, flow)
+    x = truth.sample((1000,))
+    hard = torch.cat([x, torch.tensor([[300.0, -300.0]])])
+    rows = []
+    with torch.no_grad():
+        exact = flow().log_prob(x, rtol=1e-7, atol=1e-7)
+        for solver in ("rowwise", "dopri5"):
+            for name, values in (("1,000 values", x), ("and one far out", hard)):
+                found, seconds = spent(lambda v=values, s=solver: flow().density(v, solver=s))
+                evaluations = found.num_evaluations[: len(x)].double()
+                error = (found.log_prob[: len(x)] - exact).abs().max()
+                rows.append(
+                    {
+                        "solver": solver,
+                        "batch": name,
+                        "evaluations per ordinary value": f"{float(evaluations.mean()):.0f}",
+                        "of the hardest": f"{int(found.num_evaluations.max())}",
+                        "CPU s": f"{seconds:.2f}",
+                        "largest error of ordinary values": f"{float(error):.1e}",
+                    }
+                )
+    write_table("diffusion_stalling", rows, f"{threads_in_words(1)}, tolerance 1e-5", PACKAGES)
+
+
+# -- beside a continuous flow ---------------------------------------------------------------------
+
+
+def continuous_flow(features: int, hidden: int) -> nn.Module:
+    """Zuko's, with what its import does to the validation of arguments undone."""
+    before = Distribution._validate_args
+    import zuko
+
+    Distribution.set_default_validate_args(before)
+    return zuko.flows.CNF(features, hidden_features=(hidden,) * 3, activation=nn.SiLU)
+
+
+def ffjord(args: argparse.Namespace) -> None:
+    rows = []
+    for density in args.densities or ["rings", "spirals"]:
+
+        def run(density: str = density) -> dict[str, Any]:
+            torch.manual_seed(0)
+            truth = DENSITIES[density]()
+            data, test = truth.sample((NUM_TRAIN,)), truth.sample((NUM_TEST,))
+            expected = truth.log_prob(test)
+            result: dict[str, Any] = {}
+            mean, std = data.mean(0), data.std(0)
+            peer = continuous_flow(2, args.hidden)
+            ours = ScoreFlow(2, hidden_features=args.hidden, sde=VPSDE(start=1e-4))
+            ours.initialize(data)
+
+            def standardized(x: Tensor) -> Tensor:
+                return (x - mean) / std
+
+            losses: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {
+                "zuko CNF": (peer, lambda x: -peer().log_prob(standardized(x)).mean()),
+                "ScoreFlow": (ours, ours.training_loss),
+            }
+            for name, (module, loss) in losses.items():
+                optimizer = torch.optim.Adam(module.parameters(), lr=4e-3)
+                steps, start = 0, time.process_time()
+                while (share := (time.process_time() - start) / args.seconds) < 1:
+                    for group in optimizer.param_groups:
+                        group["lr"] = 4e-3 * 0.5 * (1 + math.cos(math.pi * share))
+                    x = data[torch.randint(len(data), (BATCH,))]
+                    optimizer.zero_grad()
+                    loss(x).backward()
+                    nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+                    optimizer.step()
+                    steps += 1
+                seconds = time.process_time() - start
+                with torch.no_grad():
+                    if module is ours:
+                        log_prob = ours().log_prob(test)
+                    else:
+                        log_prob = peer().log_prob(standardized(test)) - std.log().sum()
+                gap = expected - log_prob
+                result[name] = {
+                    "steps": steps,
+                    "ms": 1e3 * seconds / steps,
+                    "gap": float(gap.mean()),
+                    "error": float(gap.std()) / math.sqrt(len(gap)),
+                    "parameters": sum(p.numel() for p in module.parameters()),
+                }
+            return result
+
+        result = kept(f"ffjord_{density}_{args.hidden}_{args.seconds:g}", run)
+        ratio = result["zuko CNF"]["ms"] / result["ScoreFlow"]["ms"]
+        for name, values in result.items():
+            rows.append(
+                {
+                    "density": density,
+                    "flow": name,
+                    "parameters": f"{values['parameters']:,}",
+                    "steps": f"{values['steps']:,}",
+                    "CPU ms per step": f"{values['ms']:.1f}",
+                    "times cheaper": f"{ratio:.0f}" if name == "ScoreFlow" else "1",
+                    "gap": f"{values['gap']:.3f}",
+                    "standard error": f"{values['error']:.3f}",
+                }
+            )
+    how = f"{threads_in_words(1)}, {args.seconds:g} s of training each, batches of {BATCH}"
+    write_table("diffusion_ffjord", rows, how, [*PACKAGES, "zuko"])
+
+
+# -- draws ----------------------------------------------------------------------------------------
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """Zero for equal distributions (Székely and Rizzo 2013)."""
+    between = torch.cdist(x, y).mean()
+    n, m = len(x), len(y)
+    within = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
+    return float(2 * between - within)
+
+
+def draws(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    truth = modes(2)
+    flow = ScoreFlow(2, hidden_features=64, sde=VPSDE(start=1e-4))
+    trained(truth.sample((100_000,)), args.steps or 3000, flow)
+    exact = truth.sample((4000,))
+    rows = []
+    methods: list[tuple[str, dict[str, Any], int]] = [
+        ("another sample of the truth", {}, 0),
+        *(("ode, rk4", {"solver": "rk4", "num_steps": n}, 4 * n) for n in (2, 5, 10, 25)),
+        *(("ode, midpoint", {"solver": "midpoint", "num_steps": n}, 2 * n) for n in (5, 10, 25)),
+        ("ode, rowwise, 1e-3", {"rtol": 1e-3, "atol": 1e-3}, -1),
+        *(("euler_maruyama", {"num_steps": n}, n) for n in (10, 20, 50, 100, 500)),
+        *(("predictor_corrector", {"num_steps": n}, 2 * n) for n in (10, 25, 50, 250)),
+    ]
+    for name, settings, evaluations in methods:
+        method = "ode" if name.startswith("ode") else name
+        if name.startswith("another"):
+            x, seconds = truth.sample((4000,)), 0.0
+        else:
+            x, seconds = spent(lambda m=method, s=settings: flow().sample((4000,), method=m, **s))
+        if evaluations < 0:
+            found = flow().density(x[:100], **settings)
+            evaluations = int(found.num_evaluations.double().mean())
+        rows.append(
+            {
+                "method": name,
+                "evaluations": f"{evaluations}",
+                "CPU s": f"{seconds:.2f}",
+                "energy distance": f"{energy_distance(x, exact):.5f}",
+            }
+        )
+    write_table("diffusion_draws", rows, f"{threads_in_words(1)}, 4,000 draws", PACKAGES)
+
+
+# -- the plane ------------------------------------------------------------------------------------
+
+
+def plane(args: argparse.Namespace) -> None:
+    rows = []
+    for density in args.densities or DENSITIES:
+
+        def run(density: str = density) -> dict[str, Any]:
+            torch.manual_seed(0)
+            truth = DENSITIES[density]()
+            data, test = truth.sample((NUM_TRAIN,)), truth.sample((NUM_TEST,))
+            frequencies = 128 if density == "grid" else 32
+            flow = ScoreFlow(
+                2,
+                hidden_features=args.hidden,
+                frequencies=frequencies,
+                sde=VPSDE(start=1e-4),
+            )
+            steps = args.steps or 6000
+            _, seconds = spent(lambda: trained(data, steps, flow))
+            with torch.no_grad():
+                found = flow().density(test)
+                bound = flow().elbo(test, 50)
+            expected = truth.log_prob(test)
+            gap = expected - found.log_prob
+            return {
+                "steps": steps,
+                "seconds": seconds,
+                "gap": float(gap.mean()),
+                "error": float(gap.std()) / math.sqrt(len(gap)),
+                "bound": float((expected - bound.value).mean()),
+                "evaluations": float(found.num_evaluations.double().mean()),
+                "parameters": sum(p.numel() for p in flow.parameters()),
+            }
+
+        result = kept(f"plane_{density}_{args.hidden}_{args.steps or 6000}", run)
+        rows.append(
+            {
+                "density": density,
+                "parameters": f"{result['parameters']:,}",
+                "steps": f"{result['steps']:,}",
+                "CPU s": f"{result['seconds']:.0f}",
+                "gap of log_prob": f"{result['gap']:.3f}",
+                "standard error": f"{result['error']:.3f}",
+                "gap of elbo": f"{result['bound']:.3f}",
+                "evaluations": f"{result['evaluations']:.0f}",
+            }
+        )
+    how = f"{threads_in_words(1)}, {args.hidden} hidden units, batches of {BATCH}"
+    write_table("diffusion_plane", rows, how, PACKAGES)
+
+
+# -- table 2, on digits ---------------------------------------------------------------------------
+
+
+def dequantized(sde: str, is_variational: bool) -> DequantizedFlow:
+    diffusion = VPSDE(start=1e-3) if sde == "VP" else SubVPSDE(start=1e-2)
+    flow = ScoreFlow(
+        (1, 8, 8),
+        hidden_features=16,
+        sde=diffusion,
+        ode=OdeSettings(rtol=1e-3, atol=1e-3, trace="hutchinson"),
+    )
+    if not is_variational:
+        return DequantizedFlow(flow, UniformDequantization(17))
+    noise = NeuralSplineFlow(
+        64, context_features=64, transforms=2, hidden_features=64, bins=4, dropout=0.1
+    )
+    return DequantizedFlow(flow, VariationalDequantization(noise, 17))
+
+
+def digit_run(
+    sde: str, weighting: str, importance_sampling: bool, is_variational: bool, steps: int
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    data = digits(fractions=(0.8, 0.05, 0.15))
+    train, test = data.train.float(), data.test.float()
+    model = dequantized(sde, is_variational)
+    flow = model.flow
+
+    def loss(module: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+        if is_variational:
+            return dequantized_training_loss(model, x)
+        with torch.no_grad():
+            values = model().dequantize(x)[0][0]
+        return flow.training_loss(
+            values, weighting=weighting, importance_sampling=importance_sampling
+        )
+
+    result, seconds = spent(
+        lambda: fit_density(
+            model,
+            train,
+            loss=loss,
+            num_steps=steps,
+            batch_size=128,
+            learning_rate=2e-3,
+            ema_decay=0.998,
+            progress=False,
+        )
+    )
+    model.eval()
+    with torch.no_grad():
+        values, log_density = model().dequantize(test, num_samples=1)
+        bound = flow().elbo(values[0], 50).value - log_density[0] - 64 * math.log(17)
+        nll = model().log_prob(test)
+    last = result.losses[-steps // 10 :]
+    return {
+        "bound": float(-bound.mean()),
+        "nll": float(-nll.mean()),
+        "error": float(nll.std()) / math.sqrt(len(nll)),
+        "loss sd": float(last.std()),
+        "seconds": seconds,
+    }
+
+
+def ablation(args: argparse.Namespace) -> None:
+    rows = []
+    steps = args.steps or 1500
+    settings = {
+        "baseline": ("original", False),
+        "+ LW": ("likelihood", False),
+        "+ LW + IS": ("likelihood", True),
+    }
+    for sde in ("VP", "subVP"):
+        for name, (weighting, importance_sampling) in settings.items():
+            for is_variational in (False, True):
+                if is_variational and not importance_sampling:
+                    continue  # noise is learned through the bound, whose weighting is given
+
+                def run(
+                    sde: str = sde,
+                    weighting: str = weighting,
+                    choice: bool = importance_sampling,
+                    is_variational: bool = is_variational,
+                ) -> dict[str, Any]:
+                    return digit_run(sde, weighting, choice, is_variational, steps)
+
+                kind = "variational" if is_variational else "uniform"
+                key = f"digits_{sde}_{weighting}_{importance_sampling}_{kind}_{steps}"
+                result = kept(key, run)
+                bits = {
+                    key: float(bits_per_dimension(torch.tensor(-result[key]), 64))
+                    for key in ("nll", "bound")
+                }
+                rows.append(
+                    {
+                        "model": name,
+                        "SDE": sde,
+                        "dequantised": kind,
+                        "NLL, nats": f"{result['nll']:.1f}",
+                        "bound, nats": f"{result['bound']:.1f}",
+                        "standard error": f"{result['error']:.1f}",
+                        "NLL, bits/dim": f"{bits['nll']:.3f}",
+                        "bound, bits/dim": f"{bits['bound']:.3f}",
+                        "sd of the loss": f"{result['loss sd']:.1f}",
+                        "CPU s": f"{result['seconds']:.0f}",
+                    }
+                )
+    how = f"{threads_in_words(1)}, {steps} steps of 128 digits"
+    write_table("diffusion_ablation", rows, how, PACKAGES)
+
+
+PARTS = {
+    "cost": cost,
+    "stalling": stalling,
+    "ffjord": ffjord,
+    "draws": draws,
+    "plane": plane,
+    "ablation": ablation,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=PARTS, nargs="?", help="default: all")
+    parser.add_argument("--densities", nargs="+", choices=DENSITIES)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of training, for ffjord")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name, part in PARTS.items():
+        if args.part in (None, name):
+            part(args)
+
+
+if __name__ == "__main__":
+    main()
