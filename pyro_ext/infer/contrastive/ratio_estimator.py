@@ -6,14 +6,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
-from ...nn import ResidualNetwork
+from ...nn.block import ResidualBlock
 from .estimator import ContrastiveEstimator
 from .losses import Batch, contrast_with, contrastive_loss
 from .posterior import Posterior
 from .posteriors import RatioPosterior
 
-__all__ = ["NeuralRatioEstimator", "check_num_atoms"]
+__all__ = ["NeuralRatioEstimator", "RatioNetwork", "check_num_atoms"]
 
 NetworkFactory = Callable[[int, int], nn.Module]
 
@@ -52,6 +53,8 @@ class NeuralRatioEstimator(ContrastiveEstimator):
     torch.Size([10])
     """
 
+    learning_rate = 5e-3
+
     def __init__(
         self,
         model: Callable[[], Any],
@@ -79,13 +82,7 @@ class NeuralRatioEstimator(ContrastiveEstimator):
         self.num_atoms = check_num_atoms(num_atoms)
         sizes = (self.structure.features, self.encoder.out_features)
         if network is None:
-            self.network: nn.Module = ResidualNetwork(
-                sizes[0],
-                1,
-                hidden_features,
-                context_features=sizes[1],
-                residual_blocks=residual_blocks,
-            )
+            self.network: nn.Module = RatioNetwork(*sizes, hidden_features, residual_blocks)
         else:
             self.network = network(*sizes)
         self.network.to(self.structure.device, self.structure.dtype)
@@ -112,6 +109,54 @@ class NeuralRatioEstimator(ContrastiveEstimator):
 
     def _standardize(self, latents: Tensor, flat: Tensor) -> None:
         """Nothing more to be done: the network sees standardised latents."""
+
+
+class RatioNetwork(nn.Module):
+    """
+    A residual network on latents and an observation together.
+
+    The layer that the observation goes through runs once for all the latents it is tried with.
+
+    :param int features: number of latents.
+    :param int context_features: number of features of an observation.
+    :param int hidden_features: size of the hidden layers.
+    :param int residual_blocks: blocks of two layers each.
+    """
+
+    def __init__(
+        self, features: int, context_features: int, hidden_features: int, residual_blocks: int
+    ) -> None:
+        super().__init__()
+        self.latents = nn.Linear(features, hidden_features)
+        self.observation = nn.Linear(context_features, hidden_features, bias=False)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(
+                (
+                    nn.Linear(hidden_features, hidden_features),
+                    nn.Linear(hidden_features, hidden_features),
+                ),
+                None,
+                # smooth, as are logarithms of densities
+                activation=silu,
+            )
+            for _ in range(residual_blocks)
+        )
+        self.output = nn.Linear(hidden_features, 1)
+
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
+        """
+        The ratio, up to a function of the observation.
+
+        :param Tensor latents: shape ``(..., features)``.
+        :param Tensor context: shape ``(..., context_features)``, whose leading dimensions
+            broadcast against those of the latents.
+        :returns: shape ``(..., 1)``.
+        """
+        hidden = self.latents(latents) + self.observation(context)
+        for block in self.blocks:
+            hidden = block(hidden)
+        ratio: Tensor = self.output(silu(hidden))
+        return ratio
 
 
 def check_num_atoms(num_atoms: int) -> int:
