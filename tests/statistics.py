@@ -21,7 +21,6 @@ __all__ = [
     "assert_mean",
     "assert_moments",
     "assert_same_mean",
-    "assert_uniform_ranks",
     "effective_sample_size",
     "thin",
 ]
@@ -187,29 +186,6 @@ def assert_distribution(
             f"{len(values)} nearly independent draws; counts in bins of equal probability: "
             f"{counts.tolist()}"
         )
-
-
-def assert_uniform_ranks(
-    ranks: Tensor, num_ranks: int, *, num_bins: int, level: float = 0.01, name: str = "rank"
-) -> None:
-    """
-    Check that independent ranks are uniform, by a chi-square test.
-
-    :param Tensor ranks: integers from 0 to ``num_ranks - 1``, one per replication.
-    :param int num_ranks: number of possible ranks, a multiple of ``num_bins``.
-    :param int num_bins: neighbouring ranks are counted together in this many bins.
-    :param float level: probability of failing by chance.
-    :param str name: what is ranked, for the messages.
-    """
-    expected = len(ranks) / num_bins
-    assert expected >= _MIN_EXPECTED_COUNT, (
-        f"too few replications to say anything about the {name}: {expected:.1f} per bin"
-    )
-    counts = torch.bincount(ranks * num_bins // num_ranks, minlength=num_bins)
-    p_value = scipy.stats.chisquare(counts.numpy()).pvalue
-    assert p_value >= level, (
-        f"ranks of {name} are not uniform: p-value {p_value:.2g}, counts {counts.tolist()}"
-    )
 
 
 def thin(values: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from tests.statistics import (
     assert_mean,
     assert_moments,
     assert_same_mean,
-    assert_uniform_ranks,
     effective_sample_size,
     thin,
 )
@@ -74,15 +73,6 @@ def test_wrong_distribution_is_found() -> None:
 def test_different_means_are_found() -> None:
     with pytest.raises(AssertionError, match="differs"):
         assert_same_mean(autoregressive(0.0), autoregressive(0.0) + 0.1)
-
-
-def test_ranks() -> None:
-    ranks = torch.randint(32, (400,))
-    assert_uniform_ranks(ranks, 32, num_bins=16)
-    with pytest.raises(AssertionError, match="not uniform"):
-        assert_uniform_ranks((ranks + 5).clamp(max=31), 32, num_bins=16)
-    with pytest.raises(AssertionError, match="too few replications"):
-        assert_uniform_ranks(ranks[:50], 32, num_bins=16)
 
 
 def test_quadrature() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_ext.diagnostics import simulation_based_calibration
 from pyro_ext.infer import APG
 from tests.statistics import Quadrature, assert_same_mean
 
@@ -100,3 +101,25 @@ def test_evidence_is_that_of_the_model() -> None:
     error = ratio.std() / len(ratio) ** 0.5
     assert error < 0.02, f"the estimates scatter too much: {error:.2g}"
     assert abs(ratio.mean() - 1) < 5 * error, f"{ratio.mean():.4f} +- {error:.4f}"
+
+
+def test_posteriors_of_many_data_sets_are_calibrated() -> None:
+    """Data sets are rows of one run, and the encoder is far off."""
+    apg = APG(_model, _encoder, [_update_mean, _update_precision], batch_plate="data_sets")
+
+    def posterior(observation: dict[str, Tensor]) -> dict[str, Tensor]:
+        result = apg.sample(observation["x"].squeeze(1), num_particles=63, num_sweeps=15)
+        # a data set has a plate of its own in the simulation
+        return {name: value.unsqueeze(-2) for name, value in result.samples.items()}
+
+    result = simulation_based_calibration(
+        _model,
+        posterior,
+        observed="x",
+        num_simulations=400,
+        batch_size=400,
+        quantities={"product": lambda z, x: (z["mean"] * z["precision"])[..., 0, 0]},
+        args=(torch.zeros(1, 5),),
+        disable_progbar=True,
+    )
+    assert result.p_value > 0.01, result.summary()

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_ext import MCMC, ConstrainedHMC
+from pyro_ext.diagnostics import calibration_of_ranks, rank_statistics
+from pyro_ext.diagnostics.simulation import simulate
 from pyro_ext.infer.constrained_hmc.assembly import default_tolerances
 from pyro_ext.infer.constrained_hmc.dynamics.integrator import IntegratorSettings
 from pyro_ext.infer.constrained_hmc.dynamics.projection import quasi_newton
@@ -13,7 +16,6 @@ from pyro_ext.infer.constrained_hmc.dynamics.transitions import hmc_transition
 from pyro_ext.infer.constrained_hmc.jacobian.structure import DenseJacobian
 from pyro_ext.infer.constrained_hmc.model.constrained_model import ConstrainedModel
 from pyro_ext.infer.constrained_hmc.system.constrained_system import ConstrainedSystem, Point
-from tests.statistics import assert_uniform_ranks
 
 NUM_REPLICATIONS = 2000
 NUM_RANKS = 16
@@ -30,9 +32,9 @@ QUANTITIES = {
 def model() -> None:
     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
     noise = pyro.sample("noise", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-    first = theta + 0.3 * theta**2 + 0.8 * noise[0]
-    second = (0.5 * theta).exp() * (1.0 + 0.5 * noise[1]) + 0.2 * first.sin()
-    pyro.deterministic("y", torch.stack([first, second]))
+    first = theta + 0.3 * theta**2 + 0.8 * noise[..., 0]
+    second = (0.5 * theta).exp() * (1.0 + 0.5 * noise[..., 1]) + 0.2 * first.sin()
+    pyro.deterministic("y", torch.stack([first, second], -1), event_dim=1)
 
 
 class Replications:
@@ -90,5 +92,34 @@ def test_ranks_of_prior_draws_are_uniform() -> None:
                     is_tied, torch.rand_like(value) < tie_break, value < true_value
                 )
                 ranks[name] += is_below & (i < length)
-    for name, values in ranks.items():
-        assert_uniform_ranks(values, NUM_RANKS, num_bins=NUM_RANKS, name=name)
+    result = calibration_of_ranks(ranks, NUM_RANKS - 1, num_bins=NUM_RANKS)
+    assert result.p_value > 0.01, result.summary()
+
+
+@pytest.mark.slow
+def test_the_engine_is_calibrated() -> None:
+    """As its users run it, on 100 data sets of which each has a block of the Jacobian."""
+
+    def many() -> None:
+        with pyro.plate("data sets", 100):
+            model()
+
+    truth = simulate(many, ["y"])
+    kernel = ConstrainedHMC(
+        pyro.condition(many, truth.observation),
+        step_size=0.25,
+        num_steps=6,
+        adapt_step_size=False,
+    )
+    mcmc = MCMC(kernel, 40, 15, num_chains=4, disable_progbar=True)
+    mcmc.run()
+    assert "100 local blocks" in mcmc.diagnostics()["structure"]["chain 0"]
+    draws = {
+        name: values[:, ::4].flatten(0, 1)
+        for name, values in mcmc.get_samples(group_by_chain=True).items()
+    }
+    result = calibration_of_ranks(
+        {name: rank_statistics(truth.latents[name], values) for name, values in draws.items()}, 40
+    )
+    assert set(result.ranks) == {"theta", "noise"}
+    assert result.p_value > 0.01, result.summary()
