@@ -54,7 +54,7 @@ from pyro_ext.distributions.diffusion import (
 from pyro_ext.training import fit_density
 
 PACKAGES = ["torch", "pyro-ppl", "torchdiffeq"]
-BATCH, NUM_TRAIN, NUM_TEST = 512, 200_000, 2000
+BATCH, NUM_TRAIN, NUM_TEST = 256, 200_000, 2000
 DENSITIES: dict[str, Callable[[], TorchDistribution]] = {
     "grid": RotatedGrid,
     "checkerboard": Checkerboard,
@@ -85,7 +85,7 @@ def kept(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def trained(data: Tensor, steps: int, flow: ScoreFlow, learning_rate: float = 4e-3) -> ScoreFlow:
+def trained(data: Tensor, steps: int, flow: ScoreFlow, learning_rate: float = 5e-3) -> ScoreFlow:
     fit_density(
         flow,
         data,
@@ -390,7 +390,7 @@ def digit_run(
             train,
             loss=loss,
             num_steps=steps,
-            batch_size=128,
+            batch_size=64,
             learning_rate=2e-3,
             ema_decay=0.998,
             progress=False,
@@ -454,7 +454,7 @@ def ablation(args: argparse.Namespace) -> None:
                         "CPU s": f"{result['seconds']:.0f}",
                     }
                 )
-    how = f"{threads_in_words(1)}, {steps} steps of 128 digits"
+    how = f"{threads_in_words(1)}, {steps} steps of 64 digits"
     write_table("diffusion_ablation", rows, how, PACKAGES)
 
 

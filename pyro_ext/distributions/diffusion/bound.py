@@ -84,8 +84,12 @@ def time_weights(
 def training_errors(
     score: Score, sde: SDE, x: Tensor, weighting: str, importance_sampling: bool
 ) -> Tensor:
-    """
-    One weighted denoising error of each row, at times that are spread over the rows.
+    r"""
+    A weighted denoising error of each row, at times that are spread over the rows.
+
+    The mean of two, with the noise z and with -z. Near the data, where :math:`\sigma s` is small,
+    the error is mostly :math:`\|z\|^2 + 2 \sigma z^\top s(x_t, t)`, and the gradient of its second
+    term mostly chance: for both signs together it cancels to first order in :math:`\sigma`.
 
     :param Score score: the score.
     :param SDE sde: the diffusion.
@@ -98,7 +102,16 @@ def training_errors(
     strata = torch.randperm(len(x), device=x.device).to(x)
     u = (strata + torch.rand_like(strata)) / max(len(x), 1)
     t, weights = time_weights(sde, u, weighting, importance_sampling)
-    return weights * denoising_error(score, sde, x, t, torch.randn_like(x), row_numbers(x))
+    noise, rows = torch.randn_like(x), row_numbers(x)
+    errors = denoising_error(
+        score,
+        sde,
+        torch.cat([x, x]),
+        torch.cat([t, t]),
+        torch.cat([noise, -noise]),
+        torch.cat([rows, rows]),
+    )
+    return weights * errors.unflatten(0, (2, len(x))).mean(0)
 
 
 def elbo(

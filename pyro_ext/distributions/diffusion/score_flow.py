@@ -25,7 +25,7 @@ class ScoreFlow(nn.Module):
     Data are turned into noise by a stochastic differential equation; a network learns the score
     :math:`s(x, t) \approx \nabla \log p_t(x)` of all that is in between. It gives an ordinary
     differential equation from data to noise, so that there is a density, a map from noise to
-    data, and a bound that is cheap to train by: one evaluation of the network for each datum,
+    data, and a bound that is cheap to train by: two evaluations of the network for each datum,
     where other continuous flows solve an equation::
 
         flow = ScoreFlow(features=8)
@@ -154,7 +154,7 @@ class ScoreFlow(nn.Module):
         importance_sampling: bool = True,
     ) -> Tensor:
         r"""
-        Denoising score matching: one evaluation of the network for each datum, at random times.
+        Denoising score matching: data at random times, with noise and with its opposite.
 
         .. math:: \tfrac12 \int_\epsilon^T \lambda(t) \, \mathbb E \| s(x_t, t)
             - \nabla \log p_{0t}(x_t \mid x) \|^2 dt

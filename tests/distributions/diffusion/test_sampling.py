@@ -218,7 +218,7 @@ def test_hidden_contexts_are_as_many_as_wanted() -> None:
             return 0 * x
 
     flow = ScoreFlow(1, Spy(), context_features=2, context_dropout=0.25)
-    flow.training_loss(torch.randn(4000, 1), torch.ones(4000, 2))
+    flow.training_loss(torch.randn(2000, 1), torch.ones(2000, 2))
     hidden = seen[0][:, 2] == 1
     assert 0.2 < float(hidden.double().mean()) < 0.3
     assert float(seen[0][hidden, :2].abs().max()) == 0

@@ -14,7 +14,7 @@ from pyro_ext.distributions import (
     VariationalDequantization,
 )
 from pyro_ext.distributions.diffusion import VPSDE, dequantized_training_loss
-from pyro_ext.distributions.diffusion.bound import time_weights, training_errors
+from pyro_ext.distributions.diffusion.bound import denoising_error, time_weights, training_errors
 from pyro_ext.training import fit_density
 from tests.distributions.diffusion.problems import MIXTURE, SDES, Mixture, known_flow
 from tests.statistics import assert_same_mean
@@ -49,6 +49,10 @@ def test_importance_sampling_reduces_the_variance_of_the_likelihood_weighting() 
     noise = torch.randn_like(x)
     noisy = sde.mean_factor(t)[:, None] * x + sde.std(t)[:, None] * noise
     errors = (sde.std(t)[:, None] * MIXTURE.score(sde, noisy, t) + noise).square().sum(-1)
+    # pairs of opposite noise, which the loss takes, at the same times
+    opposite = sde.mean_factor(t)[:, None] * x - sde.std(t)[:, None] * noise
+    others = (sde.std(t)[:, None] * MIXTURE.score(sde, opposite, t) - noise).square().sum(-1)
+    errors = 0.5 * (errors + others)
     of_importance = (weights * errors).var()
     density = sde.importance_density(t) * (sde.end - sde.start)  # of importance over uniform
     mean = (weights * errors).mean()
@@ -107,6 +111,26 @@ def test_the_gradient_is_that_of_score_matching() -> None:
     assert bool(((found.mean(0) - torch.stack(expected)).abs() < 5 * error).all())
 
 
+def test_noise_and_its_opposite_take_variance_from_gradients() -> None:
+    """At small times, for an error of the score that is the same at both points."""
+    sde = VPSDE(start=1e-5)
+    shift = torch.zeros(2, requires_grad=True)
+
+    def score(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        return shift.expand_as(x) / sde.std(t)[:, None]
+
+    x = torch.randn(1000, 2)
+    pairs, singles = [], []
+    for _ in range(30):
+        loss = training_errors(score, sde, x, "likelihood", True).mean()
+        pairs.append(torch.autograd.grad(loss, shift)[0])
+        t, noise = sde.time(torch.rand(1000)), torch.randn(1000, 2)
+        loss = denoising_error(score, sde, x, t, noise, torch.arange(1000)).mean()
+        singles.append(torch.autograd.grad(loss, shift)[0] * 0.5 * sde.natural_length)
+    assert float(torch.stack(pairs).std()) < 1e-10
+    assert float(torch.stack(singles).std()) > 0.1
+
+
 def test_times_are_spread_over_the_rows() -> None:
     seen = []
 
@@ -116,7 +140,8 @@ def test_times_are_spread_over_the_rows() -> None:
 
     sde = VPSDE()
     training_errors(score, sde, torch.zeros(100, 2), "likelihood", True)
-    strata = (sde.fraction(seen[0]) * 100).floor().long()
+    assert torch.equal(seen[0][:100], seen[0][100:])
+    strata = (sde.fraction(seen[0][:100]) * 100).floor().long()
     assert sorted(strata.tolist()) == list(range(100))
     assert strata.tolist() != list(range(100))
 
@@ -125,7 +150,7 @@ def test_training_comes_close_to_the_density() -> None:
     data = MIXTURE.density()
     torch.manual_seed(0)
     flow = ScoreFlow(2, hidden_features=32, residual_blocks=1, sde=VPSDE(start=1e-4))
-    settings = {"num_steps": 800, "batch_size": 256, "learning_rate": 1e-2, "progress": False}
+    settings = {"num_steps": 800, "batch_size": 128, "learning_rate": 1e-2, "progress": False}
     result = fit_density(
         flow, data.sample((20_000,)), loss=ScoreFlow.training_loss, ema_decay=0.99, **settings
     )
@@ -150,7 +175,7 @@ def test_context_is_learned() -> None:
     context = torch.randn(5000, 1)
     x = 2 * context + 0.5 * torch.randn(5000, 1)
     flow = ScoreFlow(1, hidden_features=32, residual_blocks=1, context_features=1)
-    settings = {"num_steps": 500, "batch_size": 256, "learning_rate": 1e-2, "progress": False}
+    settings = {"num_steps": 500, "batch_size": 128, "learning_rate": 1e-2, "progress": False}
     fit_density(flow, x, context=context, loss=ScoreFlow.training_loss, **settings)
     contexts = torch.tensor([[-1.0], [0.0], [1.0]])
     with torch.no_grad():
@@ -212,7 +237,7 @@ def test_probabilities_of_integers_sum_to_one() -> None:
         x,
         loss=lambda model, x, context: dequantized_training_loss(model, x),
         num_steps=400,
-        batch_size=256,
+        batch_size=128,
         learning_rate=1e-2,
         progress=False,
     )
