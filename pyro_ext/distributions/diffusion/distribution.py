@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -385,8 +386,8 @@ class ScoreFlowDistribution(TorchDistribution):
     def _log_prior(self, noise: Tensor) -> Tensor:
         num_dimensions = self.event_shape.numel()
         normal = torch.distributions.Normal(noise.new_zeros(()), 1.0, validate_args=False)
-        log_scale = num_dimensions * torch.as_tensor(self.module.sde.prior_std).log()
-        return normal.log_prob(noise).flatten(1).sum(-1) - log_scale.to(noise)
+        log_scale = num_dimensions * math.log(self.module.sde.prior_std)
+        return normal.log_prob(noise).flatten(1).sum(-1) - log_scale
 
     def _flow(
         self,
