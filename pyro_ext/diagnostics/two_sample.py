@@ -46,7 +46,8 @@ def classifier_two_sample_test(
     Two sets from one distribution have an accuracy of 1/2 within about
     :math:`1 / \sqrt{2 n}`, a little less on average, since what is left out of training pulls
     the other way. The accuracy of others grows with the number of draws: use the same number in
-    every comparison.
+    every comparison. Where distributions differ in fine detail only, it also varies with the seed,
+    because not every network learns to see it: take the mean, or the largest, of several calls.
 
     :param first: draws of the reference, shape ``(n, d)``, or by site, ``(n,) + site shape``.
     :param second: as many draws to compare, of the same shape or the same sites.
