@@ -43,7 +43,7 @@ def clustering_figure(
     :param Tensor x: points, shape ``(data sets, points, 2)``.
     :param Tensor mask: true for points that are data, shape ``(data sets, points)``.
     :param columns: title, and latents for every data set; nothing for the points alone. Points
-        have the colours of their ``assignment``.
+        have the colours of their ``assignment``, and are elsewhere if the column has an ``x``.
     :param outline: draws a cluster, from an axis, the latents of a data set, the number of the
         cluster and a colour.
     """
@@ -58,7 +58,8 @@ def clustering_figure(
             for axis, (title, latents) in zip(axes[row], columns.items(), strict=True):
                 own = {name: value[row] for name, value in latents.items()}
                 if own:
-                    _clusters(axis, shown, own["assignment"][is_data], own, outline)
+                    places = own["x"][is_data] if "x" in own else shown
+                    _clusters(axis, places, own["assignment"][is_data], own, outline)
                 else:
                     axis.scatter(*shown.T.numpy(), s=4, color="0.4", linewidths=0)
                 axis.set_xlim(float(centre[0]) - half, float(centre[0]) + half)
