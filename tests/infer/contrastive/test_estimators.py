@@ -6,14 +6,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import NUTS, Predictive
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from pyro_ext import MCMC, NeuralLikelihoodEstimator, NeuralPosteriorEstimator
 from pyro_ext.infer.contrastive import FlowPosterior, RatioPosterior
+from pyro_ext.infer.contrastive.losses import Batch
 from tests.infer.contrastive.problems import (
     ESTIMATORS,
+    NOISE,
     SMALL_FLOW,
+    WEIGHT,
     exact_linear_gaussian,
     linear_gaussian,
     make,
@@ -21,18 +24,15 @@ from tests.infer.contrastive.problems import (
 from tests.statistics import Quadrature, assert_moments
 
 X = torch.tensor([0.4, 1.1], dtype=torch.float64)
-FIT: dict[str, dict[str, Any]] = {
-    "ratio": {"num_epochs": 30},
-    "posterior": {"num_epochs": 20},
-    "likelihood": {"num_epochs": 20},
-}
+# fewer and larger steps than the defaults, for problems as smooth as these
+FIT: dict[str, Any] = {"num_epochs": 25, "batch_size": 200, "learning_rate": 5e-3}
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_linear_gaussian_posterior(kind: str) -> None:
     estimator = make(kind, linear_gaussian)
     estimator.simulate(4000)
-    estimator.fit(**FIT[kind])
+    estimator.fit(**FIT)
     posterior = estimator.posterior(X)
     exact = exact_linear_gaussian(X)
     truth = exact.sample((500,))
@@ -71,10 +71,6 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Exact(RatioPosterior):
-    """A ratio posterior whose ratio is the likelihood itself."""
-
-
 @pytest.mark.parametrize("method", SAMPLERS)
 def test_sampling_methods_on_a_known_ratio(method: str) -> None:
     estimator = make("ratio", linear_gaussian)
@@ -111,7 +107,7 @@ def test_failed_simulations_leave_no_bias(kind: str) -> None:
     estimator = make(kind, _may_fail, nuisance=["noise", "u"], max_failed=0.6)
     simulations = estimator.simulate(4000)
     assert abs(simulations.num_failed / 4000 - 0.5) < 5 * math.sqrt(0.25 / 4000)
-    estimator.fit(num_epochs=30)
+    estimator.fit(**FIT)
     x = torch.tensor(-0.5)
     exact = Quadrature(
         lambda t: -0.5 * t**2 - 0.5 * (x - t) ** 2 + logsigmoid(3.0 * t), (-5.0, 5.0, 1000)
@@ -123,10 +119,64 @@ def test_failed_simulations_leave_no_bias(kind: str) -> None:
     assert float(draws.std()) == pytest.approx(exact.sd(), rel=0.12)
 
 
-@pytest.mark.parametrize("kind", ESTIMATORS)
+class _ExactPosterior(nn.Module):
+    """The exact posterior of the linear-Gaussian model, and directions away from it."""
+
+    def __init__(self, features: int, context_features: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(features))
+        self.log_scale = nn.Parameter(torch.zeros(features))
+        self.loc, self.scale = torch.zeros(context_features), torch.ones(context_features)
+
+    def forward(self, features: Tensor) -> dist.MultivariateNormal:
+        at_zero = exact_linear_gaussian(torch.zeros(2))
+        slope = torch.stack(
+            [exact_linear_gaussian(x).mean - at_zero.mean for x in torch.eye(2)], -1
+        )
+        x = features * self.scale + self.loc
+        mean = at_zero.mean + x @ slope.T + self.shift
+        factor = at_zero.scale_tril * self.log_scale.exp()[:, None]
+        return dist.MultivariateNormal(mean, scale_tril=factor)
+
+
+@pytest.mark.parametrize("combined", [True, False], ids=["and likelihood", "classification"])
+def test_exact_posterior_is_stationary_in_further_rounds(combined: bool) -> None:
+    z = _gradient_of_exact_posterior(combined, from_prior=False)
+    assert z.abs().max() < 5, f"the gradient is {z.tolist()} standard errors from zero"
+
+
+def test_maximum_likelihood_on_proposals_would_not_do() -> None:
+    assert _gradient_of_exact_posterior(True, from_prior=True).abs().max() > 10
+
+
+def _gradient_of_exact_posterior(combined: bool, *, from_prior: bool) -> Tensor:
+    """Gradients in standard errors, with simulations of the prior and of a narrower proposal."""
+    estimator = NeuralPosteriorEstimator(
+        linear_gaussian, observed=["x"], flow=_ExactPosterior, combined=combined, num_atoms=5
+    )
+    estimator.simulate(6000)
+    proposed = torch.tensor([0.8, 0.0]) + 0.6 * torch.randn(6000, 2)
+    x = proposed @ WEIGHT.T + NOISE * torch.randn(6000, 2)
+    latents = {"first": proposed[:, 0], "second": proposed[:, 1]}
+    simulations = estimator.add_simulations(latents, {"x": x}, from_prior=from_prior)
+    assert len(simulations.is_valid) == 6000
+    assert estimator.simulations is not None
+    packed, flat = estimator._training_data(estimator.simulations)
+    flow = estimator.flow
+    assert isinstance(flow, _ExactPosterior)
+    flow.loc, flow.scale = estimator.encoder.loc, estimator.encoder.scale
+    gradients = []
+    for rows in torch.randperm(12_000).split(60):
+        loss = estimator.loss(Batch.unpack(packed[rows]), flat[rows])
+        gradients.append(torch.cat(torch.autograd.grad(loss, list(flow.parameters()))))
+    values = torch.stack(gradients)
+    return values.mean(0) / (values.std(0) / math.sqrt(len(values)))
+
+
+@pytest.mark.parametrize("kind", ["ratio", "likelihood"])
 def test_proposals_of_further_rounds_do_not_bias(kind: str) -> None:
     estimator = make(kind, linear_gaussian)
-    posterior = estimator.run_rounds(X, num_rounds=3, num_simulations=800, num_epochs=30)
+    posterior = estimator.run_rounds(X, num_rounds=3, num_simulations=800, **FIT)
     assert estimator.simulations is not None
     assert estimator.simulations.round.unique().tolist() == [0, 1, 2]
     exact = exact_linear_gaussian(X)
@@ -142,7 +192,7 @@ def test_proposals_of_further_rounds_do_not_bias(kind: str) -> None:
 def test_surrogate_of_the_likelihood_in_nuts() -> None:
     estimator = NeuralLikelihoodEstimator(linear_gaussian, observed=["x"], flow=SMALL_FLOW)
     estimator.simulate(3000)
-    estimator.fit(num_epochs=20)
+    estimator.fit(**FIT)
     theta = {"first": torch.tensor([0.3, -1.0]), "second": torch.tensor([0.0, 1.0])}
     assert estimator.likelihood(theta).sample((5,)).shape == (5, 2, 2)
     surrogate = estimator.surrogate(X)
@@ -155,8 +205,8 @@ def test_surrogate_of_the_likelihood_in_nuts() -> None:
 
 def test_posterior_is_a_guide_for_predictions() -> None:
     estimator = NeuralPosteriorEstimator(linear_gaussian, observed=["x"], flow=SMALL_FLOW)
-    estimator.simulate(3000)
-    estimator.fit(num_epochs=10)
+    estimator.simulate(2000)
+    estimator.fit(**FIT)
     posterior = estimator.posterior(X)
     predictive = Predictive(linear_gaussian, guide=posterior, num_samples=500, parallel=True)
     draws = predictive()
