@@ -109,6 +109,9 @@ class ConstrainedHMC(ConstrainedKernel):
     Matthew D. Hoffman, Alexey Radul and Pavel Sountsov (2021), *An adaptive-MCMC scheme for
     setting trajectory lengths in Hamiltonian Monte Carlo*, AISTATS.
 
+    Pavel Sountsov and Matthew D. Hoffman (2021), *Focusing on difficult directions for learning
+    HMC trajectory lengths*.
+
     Example::
 
         >>> from pyro_ext import MCMC
