@@ -72,6 +72,7 @@ class Answer(NamedTuple):
     predict_seconds: float
     c_elbo: Tensor | None = None
     query_log_prob: Tensor | None = None  # by more draws than the score
+    weighted: Tensor | None = None  # by as many, half of them wide, with importance weights
     integrated: Tensor | None = None  # log p(y | x) by the grid instead of by draws
     note: str = ""
 
@@ -147,9 +148,14 @@ def answer_by_guide(
         predict_seconds,
         guide.c_elbo(EVALUATION_DRAWS),
         guide.query_log_prob(questions.x, EVALUATION_DRAWS),
+        None if flow == "fcn" else weighted_by(guide, questions),
         None if grid is None or flow == "fcn" else integrated_by(guide, grid),
         note,
     )
+
+
+def weighted_by(guide: ConditionalPriorGuide, questions: Questions) -> Tensor:
+    return guide.query_log_prob(questions.x, EVALUATION_DRAWS, weighted=True)
 
 
 @torch.no_grad()
@@ -251,6 +257,7 @@ def answer_by_svi(
         predict_seconds,
         questions.x.new_tensor(c_elbos),
         torch.cat(many),
+        None,
         torch.cat(integrated) if integrated else None,
         f"{statistics.fmean(steps):.0f} steps",
     )
@@ -439,6 +446,7 @@ def table_row(
         "log p(y given x)": f"{float(score.query_log_prob.nanmean()):.2f}",
         "error, 500 draws": excess(score.query_log_prob, reference.query_log_prob),
         "error, 10,000 draws": excess(answer.query_log_prob, reference.query_log_prob),
+        "error, weighted": excess(answer.weighted, reference.query_log_prob),
         "error, by the grid": excess(answer.integrated, reference.query_log_prob),
         "SSIM": f"{float(score.ssim.nanmean()):.3f}",
         "sd": f"{float(score.standard_deviation.nanmean()):.3f}",

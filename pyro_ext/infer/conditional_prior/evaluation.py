@@ -113,6 +113,20 @@ class ModelOfLatents:
         """
         return vmap(lambda u: self._values(u)[0])(latents)
 
+    def why_not_finite(self, latents: Tensor) -> str:
+        """
+        What to tell a user of latents that have no finite log joint density in any row.
+
+        :param Tensor latents: unconstrained, shape ``(rows, features)``.
+        """
+        names = self.sites_without_density(latents)
+        where = f"at {names} " if names else ""
+        return (
+            f"The evidence {where}has no finite log-density at draws of the prior, in any row: it "
+            "is impossible under the model, or what the decoder computes is NaN or infinite. "
+            "Check the data, the supports of the observed sites, and the decoder's output."
+        )
+
     def sites_without_density(self, latents: Tensor) -> list[str]:
         """
         Names of the sites whose log-density is not finite somewhere.

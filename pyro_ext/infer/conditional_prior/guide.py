@@ -17,7 +17,7 @@ from ...ops.rows import RowsResult, RowStatus
 from .density import ConditionalPrior
 from .evaluation import ModelOfLatents
 from .fitting import FitResult, check_fit, minimize, summarize
-from .importance import ImportanceBound, importance_bound
+from .importance import ImportanceBound, defensive_draws, importance_bound
 from .inspection import Inspection, inspect_model
 from .metrics import log_mean_exp
 from .networks import Flow, RowMap, check_flow, make_row_map
@@ -262,7 +262,7 @@ class ConditionalPriorGuide(PyroModule):
 
         result = best_of(self._network(), self._starts(target, noise, num_starts, best_of))
         if bool((result.status == RowStatus.NOT_FINITE).all()):
-            raise ValueError(self._why_not_finite(target))
+            raise ValueError(target.why_not_finite(self.loc))
         with torch.no_grad():
             self.psi.copy_(result.point)
             held_out = self._fresh_noise(num_particles)
@@ -349,7 +349,11 @@ class ConditionalPriorGuide(PyroModule):
 
     @torch.no_grad()
     def query_log_prob(
-        self, query: Tensor | Mapping[str, Tensor], num_samples: int = 500
+        self,
+        query: Tensor | Mapping[str, Tensor],
+        num_samples: int = 500,
+        *,
+        weighted: bool = False,
     ) -> Tensor:
         r"""
         Log-density of what was not observed, given what was.
@@ -357,19 +361,32 @@ class ConditionalPriorGuide(PyroModule):
         .. math:: \log p(y \mid x) \approx \log \frac1M \sum_{m=1}^M p(y \mid z_m), \qquad
             z_m \sim q_\psi.
 
+        The guide of the largest C-ELBO may leave out a mode of small mass, where a surprising
+        query belongs. ``weighted`` makes up for it: half of the draws are from a Gaussian r as
+        wide as the prior, and the mean has the weights
+        :math:`p(z_m, x) / (\frac12 q_\psi(z_m) + \frac12 r(z_m))`, so that it converges to
+        :math:`\log p(y \mid x)` for any guide; with many latents too slowly to be of use.
+
         :param query: values of the sites by name, or the value of the only one, of the shape of
             the site. Elements that are evidence are ignored.
         :param int num_samples: number M of draws of the latents.
+        :param bool weighted: whether to weight the draws.
         :returns: of the shape of the rows.
         :raises ValueError: if a site is missing or has another shape.
+        :raises NotImplementedError: with ``weighted``, if the flow has no inverse.
 
         Reference: Wu, Domke and Sanner 2022, algorithm 1 and section 4.3.
         """
-        target = self._target(needs_all=False)
+        target = self._target(needs_all=weighted)
         check_has_query(target.split)
         values = check_query(query, target.fill)
-        z = self._flat(self._density().rsample([num_samples]))
-        return log_mean_exp(target.query_log_prob(z, values)).reshape(self._result_shape())
+        if not weighted:
+            z = self._flat(self._density().rsample([num_samples]))
+            return log_mean_exp(target.query_log_prob(z, values)).reshape(self._result_shape())
+        z, log_proposal = defensive_draws(self._density(), self.loc, self.scale, num_samples)
+        log_weights = (target.log_joint(z) - log_proposal).log_softmax(0)
+        log_y = log_weights + target.query_log_prob(z, values)
+        return log_y.logsumexp(0).reshape(self._result_shape())
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Make the parameters, if a new guide is to have those of a saved one."""
@@ -481,15 +498,6 @@ class ConditionalPriorGuide(PyroModule):
 
     def _result_shape(self) -> torch.Size:
         return self._inspected().structure.result_shape
-
-    def _why_not_finite(self, target: ModelOfLatents) -> str:
-        names = target.sites_without_density(self.loc)
-        where = f"at {names} " if names else ""
-        return (
-            f"The evidence {where}has no finite log-density at draws of the prior, in any row: it "
-            "is impossible under the model, or what the decoder computes is NaN or infinite. "
-            "Check the data, the supports of the observed sites, and the decoder's output."
-        )
 
 
 @contextmanager

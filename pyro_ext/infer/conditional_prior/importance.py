@@ -6,10 +6,13 @@ import math
 from typing import NamedTuple
 
 import torch
+from pyro.distributions import Normal
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-__all__ = ["ImportanceBound", "importance_bound", "pareto_k"]
+from .density import ConditionalPrior
+
+__all__ = ["ImportanceBound", "defensive_draws", "importance_bound", "pareto_k"]
 
 _FEWEST_IN_TAIL = 5
 
@@ -79,3 +82,33 @@ def _of_row(log_weights: Tensor, size: int) -> float:
     if len(tail) < _FEWEST_IN_TAIL:
         return math.inf
     return fit_generalized_pareto(tail.exp() - math.exp(cutoff))[0]
+
+
+def defensive_draws(
+    density: ConditionalPrior, loc: Tensor, scale: Tensor, num: int
+) -> tuple[Tensor, Tensor]:
+    """
+    Draws of a guide and of a wide Gaussian, half of each.
+
+    The share of the Gaussian bounds importance weights where the guide has no draws (Hesterberg
+    1995, "Weighted average importance sampling and defensive mixture distributions").
+
+    :param ConditionalPrior density: the guide.
+    :param Tensor loc: means of the Gaussian, shape ``(rows, features)``.
+    :param Tensor scale: its standard deviations, of the same shape.
+    :param int num: number of draws.
+    :returns: draws, shape ``(num, rows, features)``, and their log-density under the mixture of
+        both, shape ``(num, rows)``.
+    """
+    num_wide = num // 2
+    wide = Normal(loc, scale).to_event(1)
+    z = torch.cat(
+        [
+            density.rsample([num - num_wide]).reshape(-1, *loc.shape),
+            wide.sample(torch.Size([num_wide])),
+        ]
+    )
+    log_q = density.log_prob(z.reshape(num, *density.batch_shape, *density.event_shape))
+    shares = loc.new_tensor([num - num_wide, num_wide]) / num
+    both = torch.stack([log_q.reshape(num, -1), wide.log_prob(z)], -1)
+    return z, (both + shares.log()).logsumexp(-1)

@@ -316,3 +316,48 @@ def test_fully_connected_networks_take_several_modes_but_bound_nothing() -> None
     assert (torch.bincount(nearest, minlength=3) > 100).all()
     with pytest.raises(NotImplementedError, match="'fcn' has no inverse"):
         guide.log_prob({"z": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("flow", ["gvi", "planar"])
+def test_weighted_queries_are_exact_for_any_guide(flow: str) -> None:
+    """A guide that is still the prior, and one that was fitted, odd numbers of draws too."""
+    problem = linear_gaussian(8, 2, 5)
+    guide = ConditionalPriorGuide(problem.model, flow)
+    guide.setup()
+    for _ in range(2):
+        scores = torch.stack(
+            [guide.query_log_prob(problem.data, 4001, weighted=True) for _ in range(20)]
+        )
+        error = scores.std(0) / 20**0.5
+        assert (error < 0.1).all()
+        assert ((scores.mean(0) - problem.query_log_prob()).abs() < 5 * error + 0.02).all()
+        guide.fit(progress=False, max_iter=30)
+
+
+def test_weighted_queries_find_the_mode_that_a_guide_has_left_out() -> None:
+    """The posterior has modes at 1 and -1. A Gaussian guide has one; the query is at the other."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("square", dist.Normal(z**2, 0.05), obs=torch.tensor(1.0))
+        pyro.sample("y", dist.Normal(z, 0.2).expand([1]).to_event(1))
+
+    nothing_seen = torch.tensor([False])
+    asked = condition_on(model, {"y": torch.zeros(1)}, {"y": nothing_seen})
+    guide = ConditionalPriorGuide(asked)
+    guide.fit(progress=False)
+    z = torch.linspace(-5, 5, 20_001)
+    log_posterior = -0.5 * z**2 - 0.5 * ((z**2 - 1) / 0.05) ** 2
+    missed = -guide.sample_latents(100)["z"].mean().sign().reshape(1)
+    log_y = dist.Normal(z, 0.2).log_prob(missed)
+    exact = (log_posterior.log_softmax(0) + log_y).logsumexp(0)
+    assert guide.query_log_prob({"y": missed}, 20_000) < exact - 20
+    weighted = guide.query_log_prob({"y": missed}, 20_000, weighted=True)
+    torch.testing.assert_close(weighted.squeeze(), exact, rtol=0, atol=0.1)
+
+
+def test_weighted_queries_need_an_inverse() -> None:
+    problem = linear_gaussian(2, 2, 4)
+    guide = ConditionalPriorGuide(problem.model, "fcn").setup()
+    with pytest.raises(NotImplementedError):
+        guide.query_log_prob(problem.data, weighted=True)
