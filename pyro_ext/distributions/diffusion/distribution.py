@@ -114,7 +114,7 @@ class ScoreFlowDistribution(TorchDistribution):
         unbiased and random; without, it is exact to the tolerance of the solver.
 
         :param Tensor value: shape broadcastable to ``batch_shape + event_shape``.
-        :param changes: fields of :class:`OdeSettings` to be changed for this call, such as
+        :param changes: fields of :class:`~.OdeSettings` to be changed for this call, such as
             ``rtol=1e-7`` or ``trace="exact"``.
         :returns: shape ``sample_shape + batch_shape``.
         :raises TypeError: if the values are no floating-point numbers, or there is no such
@@ -229,7 +229,7 @@ class ScoreFlowDistribution(TorchDistribution):
         :param float correction_size: the ratio of step to noise level of these, r in
             :func:`~pyro_ext.distributions.diffusion.sampling.reverse_sde`.
         :param bool denoise: whether to take the noise of the first time away at the end.
-        :param changes: fields of :class:`OdeSettings`, for the method ``"ode"``.
+        :param changes: fields of :class:`~.OdeSettings`, for the method ``"ode"``.
         :returns: shape ``sample_shape + batch_shape + event_shape``.
         :raises ValueError: if an argument is out of range, or a score not finite.
         :raises PyroExtError: see :meth:`log_prob`.
@@ -275,7 +275,7 @@ class ScoreFlowDistribution(TorchDistribution):
         Draw with gradients, through the probability-flow equation.
 
         :param sample_shape: shape of the draws.
-        :param changes: fields of :class:`OdeSettings`; with ``adjoint=True`` and a solver of
+        :param changes: fields of :class:`~.OdeSettings`; with ``adjoint=True`` and a solver of
             ``torchdiffeq`` the memory does not grow with the number of steps.
         :returns: shape ``sample_shape + batch_shape + event_shape``.
         """
@@ -291,7 +291,7 @@ class ScoreFlowDistribution(TorchDistribution):
         noise and make the data of it.
 
         :param Tensor noise: shape broadcastable to ``batch_shape + event_shape``.
-        :param changes: fields of :class:`OdeSettings` to be changed for this call.
+        :param changes: fields of :class:`~.OdeSettings` to be changed for this call.
         :returns: shape ``sample_shape + batch_shape + event_shape``.
         """
         settings = check_settings(self.module.ode._replace(**changes))
