@@ -102,7 +102,7 @@ class ObservationEncoder(nn.Module):
             f"{len(flat)} elements are outside). Networks extrapolate at will: check the model, "
             "or simulate more.",
             SamplingWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
     def _site_of(self, index: int) -> tuple[ObservedSite, tuple[int, ...]]:

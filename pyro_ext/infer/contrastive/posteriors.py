@@ -67,8 +67,8 @@ class RatioPosterior(Posterior):
     def _nuts(
         self, num_samples: int, *, warmup_steps: int = 200, num_chains: int = 4, **options: Any
     ) -> Tensor:
-        start = self.draw_unconstrained(max(num_chains, 2), method="smc")
-        scale = start.std(0) if len(start) > 10 else torch.ones_like(start[0])
+        start = self.draw_unconstrained(max(num_chains, _MIN_ESS), method="smc")
+        scale = start.std(0)
 
         def potential(params: dict[str, Tensor]) -> Tensor:
             return -self.log_prob_unconstrained((params["latents"] * scale)[None]).squeeze(0)

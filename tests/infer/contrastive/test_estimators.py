@@ -67,7 +67,7 @@ def _log_evidence(x: Tensor) -> float:
 SAMPLERS: dict[str, dict[str, Any]] = {
     "smc": {},
     "importance": {"num_draws": 50_000},
-    "nuts": {"num_chains": 2, "warmup_steps": 60},
+    "nuts": {"num_chains": 2, "warmup_steps": 40},
 }
 
 
@@ -80,7 +80,7 @@ def test_sampling_methods_on_a_known_ratio(method: str) -> None:
         return exact_linear_gaussian(X).log_prob(u) - log_prior
 
     posterior = RatioPosterior(estimator.simulator, log_ratio, X[None], X)
-    num = 300 if method == "nuts" else 2000
+    num = 200 if method == "nuts" else 2000
     draws = posterior.sample(num, method=method, **SAMPLERS[method])
     exact = exact_linear_gaussian(X)
     together = torch.stack(list(draws.values()), -1)[None]
