@@ -143,10 +143,10 @@ def cost(args: argparse.Namespace) -> None:
 def stalling(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     truth = modes(2)
-    flow = ScoreFlow(2, hidden_features=64, sde=VPSDE(start=1e-4))
+    flow = ScoreFlow(2, hidden_features=64, frequencies=32, sde=VPSDE(start=1e-4))
     trained(truth.sample((20_000,)), args.steps or 1000, flow)
     x = truth.sample((1000,))
-    hard = torch.cat([x, torch.tensor([[300.0, -300.0]])])
+    hard = torch.cat([x, torch.tensor([[60.0, -60.0]])])
     rows = []
     with torch.no_grad():
         exact = flow().log_prob(x, rtol=1e-7, atol=1e-7)

@@ -304,8 +304,12 @@ class ScoreFlowDistribution(TorchDistribution):
     def guided(
         self, likelihood: Likelihood, weight: float = 1.0, *, of_denoised: bool = True
     ) -> ScoreFlowDistribution:
-        """
+        r"""
         Condition on something of which there is a likelihood, approximately.
+
+        A narrow likelihood of data pulls too strongly where there is much noise, up to draws that
+        diverge: add the variance of data given noisy ones to its own, about
+        :math:`\sigma^2 / (a^2 + \sigma^2)` times that of the data at the time t.
 
         :param likelihood: log-likelihoods of shape ``(n,)`` from data ``(n,) + event_shape`` in
             their own units and times ``(n,)``, differentiable.
