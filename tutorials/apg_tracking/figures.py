@@ -67,14 +67,15 @@ def images_figure(rows: Mapping[str, Tensor]) -> Figure:
     """
     num_columns = max(len(images) for images in rows.values())
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.6 * num_columns, 0.85 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(0.6 * num_columns, 0.85 * len(rows)))
+        figure.set_layout_engine("constrained", h_pad=0.1)  # room for titles
         axes = figure.subplots(len(rows), num_columns, squeeze=False)
         for row, (title, images) in zip(axes, rows.items(), strict=True):
             for axis in row:
                 axis.set_axis_off()
             for axis, image in zip(row, images, strict=False):
                 axis.imshow(image.numpy(), **IMAGE)
-            row[0].set_title(title)
+            row[0].set_title(title).set_in_layout(False)  # longer than its column is wide
         return figure
 
 
@@ -97,6 +98,7 @@ def scores_figure(frame: Tensor, images: Tensor, scores: Tensor, drawn: Tensor) 
             axis.imshow(score.numpy(), cmap="viridis", vmin=-100, vmax=0)
             left, top = (0.5 * RANGE * (drawn[number] + 1)).T.numpy()
             axis.plot(left, top, ".", color=DIGITS[number], ms=4)
+            axis.set(xlim=(-0.5, RANGE + 0.5), ylim=(RANGE + 0.5, -0.5))
             inset = axis.inset_axes((0.68, 0.68, 0.3, 0.3))
             inset.imshow(images[number].numpy(), **IMAGE)
             inset.set(xticks=[], yticks=[])

@@ -46,7 +46,8 @@ class Tracker(nn.Module):
     def cut_outs(self, seen, others):
         """A model of what is cut out of frames, but for pixels where another digit may be.
 
-        :param seen: zeros and ones, ``(frames, digits, SIZE, SIZE)``, all digits of all videos.
+        :param seen: from 0 to 1, as positions are between pixels; what is above one half counts
+            as black. ``(frames, digits, SIZE, SIZE)``, all digits of all videos.
         :param others: positive where another digit may be, of the same shape.
         """
         with pyro.plate("digits", seen.shape[1], dim=-1):
@@ -54,7 +55,7 @@ class Tracker(nn.Module):
             on = 1 - (1 - BACKGROUND) * (1 - image)
             pixels = dist.Bernoulli(on).expand(seen.shape).mask(others == 0)
             with pyro.plate("frames", seen.shape[0], dim=-2):
-                pyro.sample("seen", pixels.to_event(2), obs=seen)
+                pyro.sample("seen", pixels.to_event(2), obs=seen.round())
 
     def factors(self, t, latents, frames):
         """The part of the model that depends on the positions in frame t."""
