@@ -7,8 +7,8 @@ r"""Train the tracker that ships with this tutorial, and write its weights.
 
 Every step is on new videos of three digits and ten frames, from the images for training. Nobody
 says what a digit looks like, or where one is. The encoder, which follows what it has cut out of
-the first frames, needs no training to find most digits. So what they look like is learned first, by
-a variational autoencoder of the cut-outs, in a hundredth of a second for a step; then model,
+the first frames, needs no training to find most digits. So what they look like is learned first,
+by a variational autoencoder of the cut-outs, in a hundredth of a second for a step; then model,
 encoder and kernels together by amortized population Gibbs. What ships was made by ``--warm 1200
 --steps 0 --write``.
 """
