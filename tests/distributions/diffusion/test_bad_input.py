@@ -91,7 +91,7 @@ def test_times_outside_of_the_diffusion(t: float) -> None:
 
 def test_a_network_of_another_output_shape() -> None:
     flow = ScoreFlow(2, Function(lambda x, t: x[:, :1]), parametrization="score")
-    with pytest.raises(ValueError, match=r"x of shape \(5, 2\) and returned shape \(5, 1\)"):
+    with pytest.raises(ValueError, match=r"x of shape \(10, 2\) and returned shape \(10, 1\)"):
         flow.training_loss(torch.randn(5, 2))
     with pytest.raises(ValueError, match="must return the shape of x"):
         flow().log_prob(torch.randn(5, 2))
