@@ -7,7 +7,9 @@ import time
 from benchmarks._report import progress, write_table
 from benchmarks._tutorials import load_siblings
 
-SHOWN = (1, 2, 3, 5, 10, 20)
+DIGITS = (3, 4, 5)
+FRAMES = (10, 20, 100)
+SWEEPS = (1, 2, 3, 5, 10, 20)  # of which the figures are shown
 
 
 def tracking(num_sets: int) -> None:
@@ -21,16 +23,16 @@ def tracking(num_sets: int) -> None:
     )
     images = videos.load_images("test")
     rows = []
-    for num_digits in (3, 4, 5):
-        for num_frames in (10, 20, 100):
+    for num_digits in DIGITS:
+        for num_frames in FRAMES:
             progress(f"D = {num_digits}, T = {num_frames}")
             num_videos = max(2, 3 * num_sets // num_frames)
             test = videos.simulate(images, num_videos, num_digits, num_frames)
             tracker, proposed = train.load(num_digits)
             sampler = proposals.make_sampler(tracker, proposed, num_frames)
             started = time.process_time()
-            result = metrics.follow(sampler, tracker, test, SHOWN[-1])
-            cost = (time.process_time() - started) / (SHOWN[-1] * num_videos * num_frames)
+            result = metrics.follow(sampler, tracker, test, SWEEPS[-1])
+            cost = (time.process_time() - started) / (SWEEPS[-1] * num_videos * num_frames)
             error = 1e3 * result.clean_squared_error.mean(1)
             gain = (result.log_joint[-1] - result.log_joint[0]).mean() / num_frames
             rows.append(
@@ -38,7 +40,7 @@ def tracking(num_sets: int) -> None:
                     "D": str(num_digits),
                     "T": str(num_frames),
                     "videos": str(num_videos),
-                    **{f"K = {k}": f"{error[k - 1]:.1f}" for k in SHOWN},
+                    **{f"K = {k}": f"{error[k - 1]:.1f}" for k in SWEEPS},
                     "empty": f"{1e3 * test.clean.square().mean():.1f}",
                     "log joint gained, per frame": f"{gain:.1f}",
                     "pixels off, tracks": f"{result.distance[-1].mean():.1f}",
@@ -48,7 +50,7 @@ def tracking(num_sets: int) -> None:
             )
     how = (
         "mean squared error times 1000 between reconstructions and videos, before these were made "
-        "black and white, after K sweeps with L = 10, and of empty frames; log joint after 20 "
+        "black and white, after K sweeps with L = 10, and of empty frames; log joint after all "
         "sweeps minus that after the first; mean distance of a digit from the truth in pixels, if "
         "it has one name in a video, and if it may have another in each frame; trained with D = 3 "
         "and T = 10 on images of others"
