@@ -6,8 +6,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import HMC
 
 from pyro_ext import MCMC, ConstrainedHMC, lift_observations
 from tests.statistics import assert_moments
@@ -27,6 +29,12 @@ def vae(modules: list[ModuleType]) -> ModuleType:
 @pytest.fixture(scope="module")
 def train(modules: list[ModuleType]) -> ModuleType:
     return modules[1]
+
+
+@pytest.fixture(scope="module")
+def comparison() -> ModuleType:
+    pytest.importorskip("arviz")
+    return load_siblings("inpainting_exact", "comparison")[0]
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +156,10 @@ def test_lifted_pixels_have_the_posterior_of_a_linear_decoder(vae: ModuleType) -
 
 
 def test_figures_are_drawn(figures: ModuleType) -> None:
-    mask = torch.arange(64) < 32
+    mask, cost = torch.arange(64) < 32, 1 + torch.rand(3, 2)
     drawn = [
         figures.images_figure({"a": torch.rand(12, 64), "b": torch.rand(6, 64)}, mask, 6),
-        figures.cost_figure({"a": {0.1: 1.0, 0.01: 2.0}, "b": {0.1: 0.5, 0.01: 4.0}}),
+        figures.cost_figure({name: {0.1: cost, 0.01: 2 * cost} for name in "ab"}),
     ]
     for figure in drawn:
         file = io.BytesIO()
@@ -159,3 +167,31 @@ def test_figures_are_drawn(figures: ModuleType) -> None:
         assert file.getvalue().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="images of 'a' must have shape"):
         figures.images_figure({"a": torch.rand(5, 64)}, mask, 6)
+
+
+def _line() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    pyro.sample("x", dist.Normal(z.sum(), 1.0), obs=torch.tensor(0.5))
+
+
+def test_one_gradient_per_step_is_counted(comparison: ModuleType) -> None:
+    """By what the kernel says, and where it says nothing by runs of the model."""
+    fixed = {"step_size": 0.2, "adapt_step_size": False}
+    run = comparison.counted_run(
+        lambda model: HMC(model, num_steps=5, adapt_mass_matrix=False, **fixed), _line, 7, 3
+    )
+    assert run.gradients == 7 * 5
+    run = comparison.counted_run(
+        lambda model: ConstrainedHMC(lift_observations(model), num_steps=4, jitter=0.0, **fixed),
+        _line, 7, 3, 2,
+    )  # fmt: skip
+    assert run.gradients == 2 * 7 * 4
+    assert run.z.shape == (2, 7, 2)
+    assert 0 < run.seconds < run.seconds_in_all
+
+
+def test_the_worst_latent_counts(comparison: ModuleType) -> None:
+    z = torch.randn(4, 200, 3)
+    assert comparison.smallest_ess(z) > 300
+    z[..., 1] = z[..., 1].cumsum(1)
+    assert comparison.smallest_ess(z) < 50

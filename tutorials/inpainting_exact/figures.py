@@ -60,23 +60,23 @@ def _grid(ax: Axes, rows: np.ndarray, is_observed: np.ndarray, columns: int, sid
     ax.set(xticks=[], yticks=[])
 
 
-def cost_figure(costs: Mapping[str, Mapping[float, float]]) -> Figure:
+def cost_figure(costs: Mapping[str, Mapping[float, Tensor]]) -> Figure:
     """
-    Show the cost of an effective draw against the scale of the noise.
+    Show the cost of an effective draw against the scale of the noise: dots, and their median.
 
-    :param costs: for each method milliseconds by scale.
+    :param costs: for each method and scale milliseconds and gradients, shape ``(n, 2)``.
     """
     with matplotlib.rc_context({**STYLE, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(4.6, 2.8), layout="constrained")
-        ax = figure.subplots()
-        for color, (name, cost) in zip((BLUE, VERMILION), costs.items(), strict=True):
-            ax.plot(list(cost), list(cost.values()), "o-", color=color, ms=4, lw=1.3, label=name)
-        ax.set(
-            xlabel="scale of the noise",
-            ylabel="processor time / ms per effective draw",
-            xscale="log",
-            yscale="log",
-        )
-        ax.invert_xaxis()
-        ax.legend()
+        figure = Figure(figsize=(7.4, 2.8), layout="constrained")
+        titles = ("processor time / ms", "gradients of the energy")
+        for i, (ax, title) in enumerate(zip(figure.subplots(1, 2), titles, strict=True)):
+            for color, (name, by_scale) in zip((BLUE, VERMILION), costs.items(), strict=True):
+                medians = [float(each[:, i].median()) for each in by_scale.values()]
+                ax.plot(list(by_scale), medians, color=color, lw=1.3, label=name)
+                for scale, each in by_scale.items():
+                    ax.plot([scale] * len(each), each[:, i], "o", color=color, ms=3.5, alpha=0.7)
+            ax.set(xlabel="scale of the noise", xscale="log", yscale="log")
+            ax.set_title(f"{title}, per effective draw")
+            ax.invert_xaxis()
+            ax.legend()
     return figure
