@@ -25,13 +25,13 @@ from tests.statistics import Quadrature, assert_moments
 
 X = torch.tensor([0.4, 1.1], dtype=torch.float64)
 # fewer and larger steps than the defaults, for problems as smooth as these
-FIT: dict[str, Any] = {"num_epochs": 25, "batch_size": 200, "learning_rate": 5e-3}
+FIT: dict[str, Any] = {"num_epochs": 20, "batch_size": 200, "learning_rate": 5e-3}
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_linear_gaussian_posterior(kind: str) -> None:
     estimator = make(kind, linear_gaussian)
-    estimator.simulate(4000)
+    estimator.simulate(3000)
     estimator.fit(**FIT)
     posterior = estimator.posterior(X)
     exact = exact_linear_gaussian(X)
@@ -107,7 +107,7 @@ def test_failed_simulations_leave_no_bias(kind: str) -> None:
     estimator = make(kind, _may_fail, nuisance=["noise", "u"], max_failed=0.6)
     simulations = estimator.simulate(4000)
     assert abs(simulations.num_failed / 4000 - 0.5) < 5 * math.sqrt(0.25 / 4000)
-    estimator.fit(**FIT)
+    estimator.fit(**(FIT | {"num_epochs": 25}))
     x = torch.tensor(-0.5)
     exact = Quadrature(
         lambda t: -0.5 * t**2 - 0.5 * (x - t) ** 2 + logsigmoid(3.0 * t), (-5.0, 5.0, 1000)
