@@ -20,7 +20,7 @@ from tests.distributions.diffusion.problems import (
 from tests.statistics import assert_mean
 
 PROBLEMS = {"gaussian": SKEWED, "mixture": MIXTURE}
-TIGHT = {"rtol": 1e-7, "atol": 1e-7}
+TIGHT = {"rtol": 1e-6, "atol": 1e-6}
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ TIGHT = {"rtol": 1e-7, "atol": 1e-7}
 def test_log_prob_is_the_density(name: str, problem: str, solver: str) -> None:
     sde, mixture = FADED[name], PROBLEMS[problem]
     noisy = mixture.at(sde, sde.start)
-    x = noisy.sample((50,))
-    settings = TIGHT | {"solver": solver, "num_steps": 200}
+    x = noisy.sample((20,))
+    settings = TIGHT | {"solver": solver, "num_steps": 120}
     with torch.no_grad():
         found = known_flow(mixture, sde)().density(x, **settings)
     torch.testing.assert_close(found.log_prob, noisy.log_prob(x), atol=1e-4, rtol=0)
@@ -158,7 +158,7 @@ def test_the_bound_is_tight_where_the_score_is_exact(name: str) -> None:
     sde = FADED[name]
     x = MIXTURE.density().sample((600,))
     with torch.no_grad():
-        bound = known_flow(MIXTURE, sde)().elbo(x, 100, correction=False)
+        bound = known_flow(MIXTURE, sde)().elbo(x, 50, correction=False)
     # without the correction it bounds what the data are after the noise of the start
     noisy = sde.mean_factor(torch.tensor(sde.start)) * x
     noisy = noisy + sde.std(torch.tensor(sde.start)) * torch.randn(200, *x.shape)
@@ -180,7 +180,7 @@ def test_the_bound_is_one(name: str, factor: float) -> None:
     variance = _variance_of_reversed(flow, unit)
     expected = torch.distributions.Normal(0.0, variance.sqrt()).log_prob(x).sum(-1)
     with torch.no_grad():
-        bound = flow().elbo(x, 100)
+        bound = flow().elbo(x, 50)
     gap = expected - bound.value
     error = float(gap.std()) / math.sqrt(len(gap))
     assert float(gap.mean()) > -5 * error, "the bound is above the density"
@@ -192,7 +192,7 @@ def _variance_of_reversed(flow: ScoreFlow, unit: Mixture) -> Tensor:
     """Variance of each number that the reverse diffusion ends with, and eq. 38 adds to it."""
     sde = flow.sde
     factor = flow.score_net.get_parameter("factor").detach()
-    grid = sde.time(torch.linspace(1, 0, 200_001))
+    grid = sde.time(torch.linspace(1, 0, 20_001))
     middle = 0.5 * (grid[1:] + grid[:-1])
     rate = sde.drift_rate(middle) + sde.likelihood_weight(middle) * factor / (
         sde.mean_factor(middle).square() + sde.std(middle).square()
