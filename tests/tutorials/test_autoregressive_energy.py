@@ -41,9 +41,11 @@ def test_lines_show_what_they_were_given(energy_figures: ModuleType) -> None:
     figure = energy_figures.error_figure([3, 10], {"diamond": torch.rand(2, 50)})
     assert figure.axes[0].lines[0].get_xdata().tolist() == [3, 10]
     run = {"step": [0, 10], "estimate": [1.0, 2.0], "quadrature": [0.5, -3.0]}
-    figure = energy_figures.trap_figure({"unsafe": run, "safe": run})
+    safe = {**run, "quadrature": [0.5, 0.6]}
+    figure = energy_figures.trap_figure({"unsafe": run, "safe": safe})
     assert len(figure.axes) == 2
     assert figure.axes[0].lines[1].get_ydata().tolist() == [0.5, -3.0]
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
 
 
 @pytest.mark.usefixtures("float32")
@@ -57,5 +59,5 @@ def test_shipped_weights_are_better_than_their_own_proposal() -> None:
         exact = machine().log_prob(test, exact=True).mean()
         proposal = machine().proposal_log_prob(test).mean()
         estimate = machine().log_prob(test, num_importance_samples=1000).mean()
-    assert exact > proposal + 0.05
+    assert exact > proposal + 0.2
     assert float(estimate) == pytest.approx(float(exact), abs=0.02)

@@ -128,17 +128,18 @@ def error_figure(numbers: Sequence[int], errors: Mapping[str, Tensor]) -> Figure
 
 def trap_figure(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """
-    Show what objectives say while they train, and what quadrature says.
+    Show what objectives say while they train, and what quadrature says, all on one scale.
 
     :param runs: for each title ``{"step": ..., "estimate": ..., "quadrature": ...}``.
     :returns: a figure with one panel for each run.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * len(runs), 2.6), layout="constrained")
-        axes = figure.subplots(1, len(runs), squeeze=False)[0]
+        axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
         for ax, (title, run) in zip(axes, runs.items(), strict=True):
             ax.plot(run["step"], run["estimate"], color=VERMILION, lw=1.3, label="objective")
             ax.plot(run["step"], run["quadrature"], color=BLUE, lw=1.3, label="quadrature")
-            ax.set(title=title, xlabel="step", ylabel="log p, nats")
-            ax.legend()
+            ax.set(title=title, xlabel="step")
+        axes[0].set_ylabel("log p, nats")
+        axes[-1].legend()
     return figure
