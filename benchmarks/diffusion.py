@@ -2,13 +2,13 @@
 
 Claims: a training step costs at most a twentieth of that of a continuous flow trained by its
 likelihood, for a density at least as good in the same time; a hard value does not slow the others
-of its batch; in the plane the density is within 0.05 nats of the truth.
+of its batch.
 
     python benchmarks/diffusion.py cost      # of log_prob, against dimension and tolerance
     python benchmarks/diffusion.py stalling  # one value far out in a batch
     python benchmarks/diffusion.py ffjord    # training beside zuko's continuous flow
     python benchmarks/diffusion.py draws     # distance to the truth against evaluations
-    python benchmarks/diffusion.py plane     # four densities in the plane
+    python benchmarks/diffusion.py plane     # four densities in the plane, beside the truth
     python benchmarks/diffusion.py ablation  # digits: weighting, importance sampling, dequantising
 
 Times are processor time with one thread, which other programs on the machine spoil least. Gaps
