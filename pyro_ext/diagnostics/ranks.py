@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -173,6 +172,8 @@ def uniform_of_ranks(ranks: Tensor, num_ranks: int) -> Tensor:
 
 def uniformity_p_value(values: Tensor) -> Tensor:
     """P-values of Kolmogorov and Smirnov's test, one for each column of ``(n,) + shape``."""
+    import scipy.stats  # here, since its import adds a filter of warnings
+
     columns = values.detach().cpu().reshape(len(values), -1).T.numpy()
     results = [float(scipy.stats.kstest(column, "uniform").pvalue) for column in columns]
     return torch.tensor(results).reshape(values.shape[1:])
@@ -184,6 +185,8 @@ def _kolmogorov_smirnov(ranks: Tensor, num_ranks: int) -> Tensor:
 
 def _chi_square(ranks: Tensor, num_ranks: int, num_bins: int) -> Tensor:
     """Pearson's test; a bin may hold one rank more than another, and more is expected of it."""
+    import scipy.stats
+
     bins = torch.arange(num_ranks) * num_bins // num_ranks
     expected = torch.bincount(bins, minlength=num_bins) * (len(ranks) / num_ranks)
     columns = ranks.cpu().reshape(len(ranks), -1).T

@@ -6,8 +6,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.special
-import scipy.stats
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -74,6 +72,8 @@ def uniform_band(num_values: int, points: Tensor, *, level: float = 0.95) -> Uni
 
 def _bounds(num_values: int, z: _Array, gamma: float) -> tuple[_Array, _Array]:
     """Central part of the distribution of the count below each point."""
+    import scipy.stats  # here, since its import adds a filter of warnings
+
     counts = scipy.stats.binom(num_values, z)
     return counts.ppf(0.5 * gamma).clip(min=0), counts.ppf(1 - 0.5 * gamma)
 
@@ -85,6 +85,8 @@ def _probability_inside(num_values: int, z: _Array, lower: _Array, upper: _Array
     Counts of uniform draws are those of a Poisson process given its total, and a Poisson process
     has independent increments: one vector of probabilities moves from point to point.
     """
+    import scipy.special
+
     log_factorial = scipy.special.gammaln(np.arange(num_values + 1) + 1.0)
     steps = num_values * np.diff(z, prepend=0.0, append=1.0)
     lows, highs = [[int(b) for b in each] for each in (lower, upper)]
