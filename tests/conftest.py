@@ -43,8 +43,9 @@ def _global_state() -> dict[str, Any]:
 def _restore(state: dict[str, Any]) -> None:
     torch.set_default_dtype(state["default dtype"])
     if torch.get_default_device() != state["default device"]:
-        # even the default one, once set, goes through every call of torch
-        torch.set_default_device(state["default device"])
+        # even the default one, once set, goes through every call of torch, and stops compilation
+        is_default = state["default device"] == torch.device("cpu")
+        torch.set_default_device(None if is_default else state["default device"])
     torch.set_grad_enabled(state["gradient mode"])
     torch.set_num_threads(state["number of torch threads"])
     pyro.enable_validation(state["validation flag of pyro.infer"])
