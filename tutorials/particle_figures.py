@@ -7,9 +7,8 @@ The functions take tensors and return a :class:`matplotlib.figure.Figure`; nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -18,18 +17,7 @@ __all__ = ["COLOURS", "STYLE", "budget_figure", "clustering_figure", "sweeps_fig
 
 BLACK, ORANGE, BLUE, VERMILION, GREEN = "#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73"
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION)
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "legend.frameon": False,
-    "figure.dpi": 90,
-}
+STYLE = "pyro_ext.figures"
 
 Outline = Callable[[Axes, dict[str, Tensor], int, str], None]
 
@@ -47,7 +35,7 @@ def clustering_figure(
     :param outline: draws a cluster, from an axis, the latents of a data set, the number of the
         cluster and a colour.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         size = (1.75 * len(columns), 1.75 * len(x))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(x), len(columns), squeeze=False)
@@ -91,7 +79,7 @@ def sweeps_figure(
     :param ess: fraction of the particles, by block, from sweep 2 on.
     :param int trained_sweeps: where the sweeps of training end.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7.6, 2.9), layout="constrained")
         left, right = figure.subplots(1, 2)
         colours = (BLUE, VERMILION, GREEN)
@@ -121,7 +109,7 @@ def budget_figure(
     :param Tensor ess: fraction of the particles, of the same shape.
     :param int budget: the product.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7.6, 2.9), layout="constrained")
         titles = (
             "log joint density, minus that of the truth",

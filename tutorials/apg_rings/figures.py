@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-import matplotlib
+import matplotlib.style
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ def shape_figure(decoders: Mapping[str, Decoder]) -> Figure:
 
     :param decoders: by title.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         size = (1.9 * len(decoders), 2.1)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, len(decoders), squeeze=False, sharex=True, sharey=True)[0]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 from canvas import CANVAS, RANGE, SIZE
 from matplotlib.axes import Axes
@@ -38,7 +39,7 @@ def frames_figure(rows: Mapping[str, tuple[Tensor, Tensor | None]], every: int =
     :param int every: show only some of the frames.
     """
     num_columns = len(range(0, len(next(iter(rows.values()))[0]), every))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(0.95 * num_columns, 1.12 * len(rows)), layout="constrained")
         axes = figure.subplots(len(rows), num_columns, squeeze=False)
         for row, (title, (frames, where)) in zip(axes, rows.items(), strict=True):
@@ -66,7 +67,7 @@ def images_figure(rows: Mapping[str, Tensor]) -> Figure:
     :param rows: title and images, ``(images, SIZE, SIZE)``.
     """
     num_columns = max(len(images) for images in rows.values())
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(0.6 * num_columns, 0.85 * len(rows)))
         figure.set_layout_engine("constrained", h_pad=0.1)  # room for titles
         axes = figure.subplots(len(rows), num_columns, squeeze=False)
@@ -88,7 +89,7 @@ def scores_figure(frame: Tensor, images: Tensor, scores: Tensor, drawn: Tensor) 
     :param Tensor scores: of every whole pixel, ``(digits, rows, columns)``.
     :param Tensor drawn: positions that were drawn, ``(digits, draws, 2)``.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(1.7 * (len(images) + 1), 2.0), layout="constrained")
         axes = figure.subplots(1, len(images) + 1)
         _frame(axes[0], frame, None)
@@ -114,7 +115,7 @@ def sweeps_figure(curves: Mapping[str, tuple[Tensor, Tensor]], trained_sweeps: i
         first sweep, by name; from sweep 1 on.
     :param int trained_sweeps: where the sweeps of training end.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7.6, 2.9), layout="constrained")
         left, right = figure.subplots(1, 2)
         styles = ("-", "--", ":")
@@ -140,7 +141,7 @@ def ess_figure(ess: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
 
     :param ess: of the positions in every frame ``(frames,)``, and of what, by name.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(5.2, 2.6), layout="constrained")
         axis = figure.subplots()
         for (name, (where, what)), colour in zip(ess.items(), COLOURS, strict=False):
@@ -162,7 +163,7 @@ def animation(
     :param panels: title, frames and positions, as for :func:`frames_figure`.
     :param float seconds_per_frame: how slow.
     """
-    with matplotlib.rc_context({**STYLE, "figure.dpi": 72}):
+    with matplotlib.style.context([STYLE, {"figure.dpi": 72}]):
         figure = Figure(figsize=(1.9 * len(panels), 2.1), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes: Sequence[Axes] = figure.subplots(1, len(panels), squeeze=False)[0]

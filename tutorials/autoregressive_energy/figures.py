@@ -8,9 +8,8 @@ and Ito, which colour-blind readers can tell apart.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -19,16 +18,7 @@ from torch import Tensor
 __all__ = ["conditional_figure", "counted", "error_figure", "plane_figure", "trap_figure"]
 
 BLACK, ORANGE, BLUE, VERMILION = "#000000", "#E69F00", "#0072B2", "#D55E00"
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "legend.frameon": False,
-    "figure.dpi": 90,
-}
+STYLE = "pyro_ext.figures"
 
 
 def _array(values: Tensor) -> np.ndarray:
@@ -60,7 +50,7 @@ def plane_figure(panels: Mapping[str, Tensor], half: float) -> Figure:
     if not panels:
         raise ValueError("panels must hold at least one density")
     brightest = float(torch.quantile(next(iter(panels.values())).flatten(), 0.995))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(2.4 * len(panels), 2.6), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for ax, (title, density) in zip(axes, panels.items(), strict=True):
@@ -85,7 +75,7 @@ def conditional_figure(x: Tensor, curves: Mapping[str, Tensor]) -> Figure:
     :returns: a figure with one panel.
     """
     colors = [BLACK, BLUE, VERMILION, ORANGE]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7.0, 2.6), layout="constrained")
         ax = figure.subplots()
         for (label, curve), color in zip(curves.items(), colors, strict=False):
@@ -108,7 +98,7 @@ def error_figure(numbers: Sequence[int], errors: Mapping[str, Tensor]) -> Figure
     :param errors: for each label absolute errors, shape ``(len(numbers), n)``.
     :returns: a figure with one panel; bands are from the 5th to the 95th percentile.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(3.6, 2.8), layout="constrained")
         ax = figure.subplots()
         for (label, error), color in zip(errors.items(), [BLUE, VERMILION], strict=False):
@@ -133,7 +123,7 @@ def trap_figure(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     :param runs: for each title ``{"step": ..., "estimate": ..., "quadrature": ...}``.
     :returns: a figure with one panel for each run.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(3.4 * len(runs), 2.6), layout="constrained")
         axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
         for ax, (title, run) in zip(axes, runs.items(), strict=True):

@@ -8,9 +8,8 @@ and Ito, which colour-blind readers can tell apart.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,16 +18,7 @@ from torch import Tensor
 __all__ = ["fields_figure", "lines_figure", "paths_figure", "points_figure"]
 
 BLACK, ORANGE, BLUE, VERMILION = "#000000", "#E69F00", "#0072B2", "#D55E00"
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "legend.frameon": False,
-    "figure.dpi": 90,
-}
+STYLE = "pyro_ext.figures"
 
 
 def _array(values: Tensor) -> np.ndarray:
@@ -56,7 +46,7 @@ def fields_figure(panels: Mapping[str, tuple[Tensor, Tensor, Tensor]], half: flo
     :returns: a figure with one panel for each.
     :raises ValueError: if there is nothing to show.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure, axes = _panels(len(panels), half)
         for ax, (title, (points, grid, arrows)) in zip(axes, panels.items(), strict=True):
             ax.plot(*_array(points).T, ".", color=ORANGE, markersize=1.0, alpha=0.5)
@@ -76,7 +66,7 @@ def points_figure(panels: Mapping[str, Tensor], half: float) -> Figure:
     :returns: a figure with one panel for each.
     :raises ValueError: if there is nothing to show.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure, axes = _panels(len(panels), half)
         for ax, (title, points) in zip(axes, panels.items(), strict=True):
             ax.plot(*_array(points).T, ".", color=BLACK, markersize=1.0, alpha=0.6)
@@ -93,7 +83,7 @@ def paths_figure(panels: Mapping[str, Tensor], half: float) -> Figure:
     :returns: a figure with one panel for each.
     :raises ValueError: if there is nothing to show.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure, axes = _panels(len(panels), half)
         for ax, (title, paths) in zip(axes, panels.items(), strict=True):
             for path in _array(paths.transpose(0, 1)):
@@ -123,7 +113,7 @@ def lines_figure(
     """
     if not lines:
         raise ValueError("there has to be at least one line to show")
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(4.2, 2.6), layout="constrained")
         ax = figure.subplots()
         colours = (BLUE, VERMILION, ORANGE)

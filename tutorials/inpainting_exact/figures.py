@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,14 +14,8 @@ from torch import Tensor
 __all__ = ["cost_figure", "images_figure"]
 
 BLUE, VERMILION = "#0072B2", "#D55E00"
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.linewidth": 0.7,
-    "legend.frameon": False,
-    "figure.dpi": 90,
-}
+STYLE = "pyro_ext.figures"
+BOXED = {"axes.spines.top": True, "axes.spines.right": True}
 
 
 def images_figure(panels: Mapping[str, Tensor], is_observed: Tensor, columns: int) -> Figure:
@@ -40,7 +34,7 @@ def images_figure(panels: Mapping[str, Tensor], is_observed: Tensor, columns: in
                 f"images of {title!r} must have shape (multiple of {columns}, {side * side}), got "
                 f"{tuple(rows.shape)}"
             )
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context([STYLE, BOXED]):
         heights = [len(rows) // columns for rows in panels.values()]
         size = (0.55 * columns, 0.55 * sum(heights) + 0.3 * len(panels))
         figure = Figure(figsize=size, layout="constrained")
@@ -66,7 +60,7 @@ def cost_figure(costs: Mapping[str, Mapping[float, Tensor]]) -> Figure:
 
     :param costs: for each method and scale milliseconds and gradients, shape ``(n, 2)``.
     """
-    with matplotlib.rc_context({**STYLE, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7.4, 2.8), layout="constrained")
         titles = ("processor time / ms", "gradients of the energy")
         for i, (ax, title) in enumerate(zip(figure.subplots(1, 2), titles, strict=True)):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -14,16 +13,7 @@ from torch import Tensor
 __all__ = ["marginals_figure", "paths_figure"]
 
 BLACK, BLUE, VERMILION = "#000000", "#0072B2", "#D55E00"
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "legend.frameon": False,
-    "figure.dpi": 90,
-}
+STYLE = "pyro_ext.figures"
 
 
 def paths_figure(
@@ -45,7 +35,7 @@ def paths_figure(
         )
     levels = torch.tensor([0.05, 0.5, 0.95], dtype=paths.dtype)
     low, middle, high = paths.quantile(levels, 0)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7.6, 4.0), layout="constrained")
         for i, ax in enumerate(figure.subplots(2, sharex=True)):
             ax.fill_between(times, low[:, i], high[:, i], color=BLUE, alpha=0.2, lw=0, label="90%")
@@ -76,7 +66,7 @@ def marginals_figure(
     :param true_values: values that the data were made with.
     """
     others, weights = reference
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(2.1 * len(names), 2.3), layout="constrained")
         for i, ax in enumerate(figure.subplots(1, len(names))):
             low, high = draws[:, i].quantile(0.002), draws[:, i].quantile(0.998)

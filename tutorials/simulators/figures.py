@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde
@@ -15,15 +15,7 @@ __all__ = ["epidemics_figure", "pairs_figure"]
 
 BLACK, GREY = "#000000", "#BBBBBB"
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
-STYLE: Any = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "figure.dpi": 90,
-}
+STYLE = "pyro_ext.figures"
 
 
 def epidemics_figure(x: Tensor, simulated: Tensor, every: int) -> Figure:
@@ -34,7 +26,7 @@ def epidemics_figure(x: Tensor, simulated: Tensor, every: int) -> Figure:
     :param Tensor simulated: shape ``(n, times)``.
     :param int every: days between counts.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(5.5, 2.4), layout="constrained")
         ax = figure.subplots()
         days = every * np.arange(1, len(x) + 1)
@@ -67,7 +59,7 @@ def pairs_figure(
     density = gaussian_kde(exact)(np.stack([m.ravel() for m in mesh])).reshape(80, 80)
     levels = _levels(density, (0.95, 0.5))
     others = [name for name in draws if name != reference]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(2.3 * len(others), 4.6), layout="constrained")
         grid = figure.subplots(3, len(others), sharey="row", squeeze=False)
         for column, name in enumerate(others):
