@@ -131,7 +131,8 @@ def sweeps_figure(curves: Mapping[str, tuple[Tensor, Tensor]], trained_sweeps: i
         right.set(xlabel="sweep", title="log joint density per frame, gained")
         for axis in (left, right):
             axis.axvspan(1, trained_sweeps, color="0.93", zorder=0)
-        left.legend()
+        left.set_ylim(top=2 * left.get_ylim()[1])  # room for the legend
+        left.legend(ncols=2)
         return figure
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -25,7 +24,7 @@ from .noise import Base, base_distribution, check_base, fixed_noise
 from .parameter_store import check_store
 from .prior_scale import prior_loc_scale
 from .query import check_has_query, check_query
-from .sites import constrain, pack, unconstrain, unpack
+from .sites import constrain, inside_plates, pack, unconstrain, unpack
 from .starts import gaussian_starts
 
 __all__ = ["ConditionalPriorGuide"]
@@ -186,14 +185,14 @@ class ConditionalPriorGuide(PyroModule):
                 self._inspection = inspection._replace(learned=frozenset())  # warn once
         frames = {frame.name: frame for site in structure.sites for frame in site.frames}
         plates = {name: pyro.plate(name, f.size, dim=f.dim) for name, f in frames.items()}
-        with _inside(plates, structure.row_frames):
+        with inside_plates(plates, structure.row_frames):
             vector = pyro.sample(
                 f"_{self._pyro_name}_latents", self._density(), infer={"is_auxiliary": True}
             )
         values, log_dets = constrain(unpack(vector, structure), structure)
         for site in structure.sites:
             fn = dist.Delta(values[site.name], -log_dets[site.name], event_dim=site.event_dim)
-            with _inside(plates, site.frames):
+            with inside_plates(plates, site.frames):
                 pyro.sample(site.name, fn)
         return values
 
@@ -498,11 +497,3 @@ class ConditionalPriorGuide(PyroModule):
 
     def _result_shape(self) -> torch.Size:
         return self._inspected().structure.result_shape
-
-
-@contextmanager
-def _inside(plates: Mapping[str, Any], frames: Collection[Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for frame in frames:
-            stack.enter_context(plates[frame.name])
-        yield

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-__all__ = ["LatentSite", "Structure", "constrain", "pack", "sum_rows", "unconstrain", "unpack"]
+__all__ = [
+    "LatentSite",
+    "Structure",
+    "constrain",
+    "inside_plates",
+    "pack",
+    "sum_rows",
+    "unconstrain",
+    "unpack",
+]
 
 
 class LatentSite(NamedTuple):
@@ -161,3 +172,17 @@ def sum_rows(value: Tensor, structure: Structure) -> Tensor:
 
 def _sum_from(value: Tensor, dim: int) -> Tensor:
     return value.flatten(dim).sum(-1) if value.dim() > dim else value
+
+
+@contextmanager
+def inside_plates(plates: Mapping[str, Any], frames: Collection[Any]) -> Iterator[None]:
+    """
+    Enter those plates that a site is in.
+
+    :param plates: by name.
+    :param frames: of the site.
+    """
+    with ExitStack() as stack:
+        for frame in frames:
+            stack.enter_context(plates[frame.name])
+        yield
