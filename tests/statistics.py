@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _MAX_STANDARD_ERRORS = 5.0
-_MIN_P_VALUE = 1e-4  # of many tests, each drawn anew with every change of a sampler
+_MIN_P_VALUE = 1e-3
 _MIN_EXPECTED_COUNT = 10
 
 

@@ -258,7 +258,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_skewed_target(settings: dict[str, Any]) -> None:
-    check_skewed(sample(skewed_model, {"y": OBSERVED}, **settings))
+    check_skewed(sample(skewed_model, {"y": OBSERVED}, num_samples=120, **settings))
 
 
 @pytest.mark.parametrize("model", [delta_model, bent_model])
