@@ -64,59 +64,70 @@ class PairLogits(nn.Module):
             dimensions broadcast with those of the points.
         :returns: shape ``(..., points, clusters)``.
         """
-        offset = self.of_cluster(clusters).unsqueeze(-3)
-        slope = self.of_point.weight.T.unsqueeze(-2).expand(
-            *offset.shape[:-3], -1, *offset.shape[-2:]
-        )
-        layers = torch.cat([slope, offset], -3)  # (..., point_features + 1, clusters, hidden)
-        points = torch.cat([points, torch.ones_like(points[..., :1])], -1)
-        leading = torch.broadcast_shapes(points.shape[:-2], layers.shape[:-3])
-        rows = points.expand(*leading, -1, -1).reshape(-1, *points.shape[-2:])
-        layers = layers.expand(*leading, -1, -1, -1).reshape(-1, *layers.shape[-3:])
+        offset = self.of_cluster(clusters).unsqueeze(-2)
+        slope = self.of_point.weight.T.expand(*offset.shape[:-2], -1, -1)
+        layers = torch.cat([slope, offset], -2)  # (..., clusters, point_features + 1, hidden)
+        points = torch.cat([points, torch.ones_like(points[..., :1])], -1).unsqueeze(-3)
+        leading = torch.broadcast_shapes(points.shape[:-2], layers.shape[:-2])
+        points = points.expand(*leading, -1, -1).flatten(0, -3)
+        layers = layers.expand(*leading, -1, -1).flatten(0, -3)
         weights = self.to_logit.weight[0]
         # tanh(h) = 2 sigmoid(2 h) - 1, and a sigmoid costs a fraction of a tanh
-        sums = _SumOfSigmoids.apply(rows, 2 * layers, weights)
-        return (2 * sums - weights.sum()).reshape(*leading, *sums.shape[-2:])
+        sums = _SumOfSigmoids.apply(points, 2 * layers, weights)
+        return (2 * sums - weights.sum()).reshape(*leading, points.shape[-2]).mT
 
 
 class _SumOfSigmoids(torch.autograd.Function):
-    """From ``(rows, points, features)`` and ``(rows, features, clusters, hidden)`` to sums."""
+    """Sums over units, ``(clusters, points)``, of one layer for the points of each cluster.
+
+    From the points, ``(clusters, points, features)``, the layers, ``(clusters, features,
+    hidden)``, and the weights of the sum, ``(hidden,)``. Hidden units are written to the same
+    piece of memory again and again: new memory for each chunk costs more than their computation.
+    """
 
     @staticmethod
     def forward(ctx: Any, points: Tensor, layers: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(points, layers, weights)
-        sums = points.new_empty(*points.shape[:-1], layers.shape[-2])
-        for chunk in _chunks(points, layers):
-            hidden = _hidden(points[chunk], layers[chunk])
-            sums[chunk] = (hidden @ weights).reshape(sums[chunk].shape)
+        sums = points.new_empty(points.shape[:-1])
+        size, hidden = _workspace(points, layers)
+        for chunk in _chunks(points, size):
+            units = _hidden(points[chunk], layers[chunk], hidden)
+            torch.matmul(units, weights, out=sums[chunk])
         return sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, output: Tensor) -> Any:
         points, layers, weights = ctx.saved_tensors
+        weighted = points * output.unsqueeze(-1)
         of_layers, of_weights = torch.empty_like(layers), torch.zeros_like(weights)
         of_points = torch.empty_like(points) if ctx.needs_input_grad[0] else None
-        for chunk in _chunks(points, layers):
-            hidden = _hidden(points[chunk], layers[chunk])
-            outer = output[chunk].reshape(-1, 1)
-            of_weights += hidden.T @ outer[:, 0]
-            slope = torch.addcmul(hidden, hidden, hidden, value=-1)  # sigmoid' = s - s^2
-            slope = slope.mul_(weights).mul_(outer).reshape(*output[chunk].shape[:-1], -1)
-            own = layers[chunk].flatten(-2)
-            of_layers[chunk] = (points[chunk].mT @ slope).reshape(layers[chunk].shape)
+        size, hidden = _workspace(points, layers)
+        slopes = torch.empty_like(hidden)
+        for chunk in _chunks(points, size):
+            units = _hidden(points[chunk], layers[chunk], hidden)
+            of_weights += output[chunk].reshape(-1) @ units.flatten(0, 1)
+            # sigmoid' = s - s^2
+            slope = torch.addcmul(units, units, units, value=-1, out=slopes[: len(units)])
+            torch.bmm(weighted[chunk].mT, slope, out=of_layers[chunk])
             if of_points is not None:
-                of_points[chunk] = slope @ own.mT
-        return of_points, of_layers, of_weights
+                torch.bmm(slope, (weights * layers[chunk]).mT, out=of_points[chunk])
+        if of_points is not None:
+            of_points *= output.unsqueeze(-1)
+        return of_points, of_layers * weights, of_weights
 
 
-def _hidden(points: Tensor, layers: Tensor) -> Tensor:
-    """Units of all pairs of some rows, one pair in each row of the result."""
-    return (points @ layers.flatten(-2)).sigmoid_().reshape(-1, layers.shape[-1])
+def _workspace(points: Tensor, layers: Tensor) -> tuple[int, Tensor]:
+    """How many clusters at a time, and where their hidden units go."""
+    num_points, num_units = points.shape[-2], layers.shape[-1]
+    size = max(1, CHUNK // max(1, num_points * num_units))
+    return size, points.new_empty(min(size, len(points)), num_points, num_units)
 
 
-def _chunks(points: Tensor, layers: Tensor) -> Iterator[slice]:
-    units = points.shape[-2] * layers.shape[-2] * layers.shape[-1]
-    size = max(1, CHUNK // max(1, units))
+def _hidden(points: Tensor, layers: Tensor, out: Tensor) -> Tensor:
+    return torch.bmm(points, layers, out=out[: len(points)]).sigmoid_()
+
+
+def _chunks(points: Tensor, size: int) -> Iterator[slice]:
     for start in range(0, len(points), size):
         yield slice(start, start + size)

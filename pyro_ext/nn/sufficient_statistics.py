@@ -126,10 +126,10 @@ class SoftMoments(nn.Module):
         """
         if mask is not None:
             features = torch.where(mask.unsqueeze(-1), features, 0.0)  # padding may be NaN
-        gamma = torch.softmax(self.assignment(features), -1)
+        # clusters before points: a softmax over few adjacent numbers costs many times as much
+        gamma = torch.softmax(self.assignment(features).mT, -2)
         if mask is not None:
-            gamma = gamma * mask.unsqueeze(-1)
+            gamma = gamma * mask.unsqueeze(-2)
         values = self.values(features)
         powers = torch.cat([torch.ones_like(values), values, values.square()], -1)
-        sums = gamma.transpose(-1, -2) @ powers
-        return sums.unflatten(-1, (3, -1)).transpose(-1, -2)
+        return (gamma @ powers).unflatten(-1, (3, -1)).mT

@@ -27,7 +27,6 @@ def mixture(x, mask=None):
         with pyro.plate("clusters", NUM_CLUSTERS, dim=-1):
             cluster = pyro.sample("cluster", prior.to_event(1))
         mean, precision = cluster.unbind(-1)
-        of_clusters = torch.cat([mean, precision.rsqrt()], -1)
         with (
             pyro.plate("points", num_points, dim=-1),
             poutine.mask(mask=True if mask is None else mask),
@@ -36,8 +35,9 @@ def mixture(x, mask=None):
                 "assignment", dist.Categorical(logits=x.new_zeros(NUM_CLUSTERS))
             )
             # a product with one-hot vectors also serves where assignments are enumerated
-            loc, scale = (one_hot(assignment).to(x) @ of_clusters).split(NUM_FEATURES, -1)
-            pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+            assigned = one_hot(assignment).to(x)
+            likelihood = dist.Normal(assigned @ mean, assigned @ precision.rsqrt())
+            pyro.sample("x", likelihood.to_event(1), obs=x)
 
 
 def one_hot(assignment):

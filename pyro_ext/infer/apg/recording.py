@@ -14,6 +14,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from ...ops.sampling import draw
 from ...poutine.sites import is_subsample
 
 __all__ = ["PARTICLES", "RecordedSite", "Recorder", "run", "site_log_prob", "total"]
@@ -66,7 +67,7 @@ class Recorder(Messenger):
             msg["value"] = self.values[msg["name"]]
         else:
             with torch.no_grad():
-                msg["value"] = msg["fn"].sample()
+                msg["value"] = draw(msg["fn"])
         msg["done"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:

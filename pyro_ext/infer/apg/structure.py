@@ -68,7 +68,8 @@ class Rest(dict[str, Tensor]):
                 "itself. A kernel proposes its block given the other latents only, so that it "
                 "serves as its own reverse kernel."
             )
-        raise KeyError(f"{name!r} is not a latent site. The others are {sorted(self)}.")
+        known = sorted({*self, *self._block})
+        raise KeyError(f"{name!r} is not a latent site. The latent sites are {known}.")
 
 
 def inspect_programs(

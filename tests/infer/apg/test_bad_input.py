@@ -334,6 +334,41 @@ def test_settings_out_of_range(settings: dict[str, Any], error: Any, match: str)
         _apg(**settings)
 
 
+@pytest.mark.parametrize(
+    ("who", "at_run", "match"),
+    [
+        ("kernel", 2, r"kernel 0 samples \['rate'\] at one run and \['kind', 'rate'\] at another"),
+        ("kernel", 3, r"kernel of block \['rate'\] samples \['kind', 'rate'\], but .* first run"),
+        ("encoder", 2, r"encoder samples \['rate'\], but sampled \['kind', 'rate'\] at its first"),
+    ],
+    ids=["at once", "later", "of the encoder"],
+)
+def test_sites_must_not_change(who: str, at_run: int, match: str) -> None:
+    """A kernel that samples outside of its block, an encoder that leaves a block out: some day."""
+    runs = {"kernel": 0, "encoder": 0}
+
+    def is_time(program: str) -> bool:
+        runs[program] += 1
+        return program == who and runs[program] >= at_run
+
+    def kernel(latents: Mapping[str, Tensor], x: Tensor) -> None:
+        (_both if is_time("kernel") else _rate)(latents, x)
+
+    def encoder(x: Tensor) -> None:
+        (_without_kind if is_time("encoder") else _encoder)(x)
+
+    with pytest.raises(ValueError, match=match):
+        _apg(encoder=encoder, kernels=[kernel, _kind]).sample(X)
+
+
+def test_kernels_read_latent_sites_only() -> None:
+    def kernel(latents: Mapping[str, Tensor], x: Tensor) -> None:
+        _sample("rate", dist.Gamma(latents["kin"], 1.0), SETS)(latents, x)
+
+    with pytest.raises(KeyError, match=r"'kin' is not a latent site. .* \['kind', 'rate'\]"):
+        _apg(kernels=[kernel, _kind]).sample(X)
+
+
 def test_exact_blocks_need_names() -> None:
     with pytest.raises(ValueError, match="needs the names"):
         ExactBlock()
