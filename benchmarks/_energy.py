@@ -94,3 +94,13 @@ def count(module: nn.Module) -> int:
 def standard_error(values: Tensor) -> float:
     """Of the mean of the values."""
     return float(values.std()) / math.sqrt(len(values))
+
+
+def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Mean of the differences, and its standard error."""
+    return float((a - b).mean()), standard_error(a - b)
+
+
+def with_error(mean: float, error: float, digits: int = 2) -> str:
+    """A mean and its standard error."""
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"

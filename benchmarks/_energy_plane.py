@@ -17,10 +17,11 @@ from benchmarks._energy import (
     BATCH,
     LOSS,
     SMALL,
+    difference,
     fit_for,
     kept,
-    standard_error,
     weights_path,
+    with_error,
 )
 from benchmarks._report import OUTPUT, progress, threads_in_words, write_table
 from pyro_ext.datasets import Checkerboard, RotatedGrid, TwoSpirals
@@ -118,9 +119,9 @@ def density_run(density: str, args: argparse.Namespace, seed: int) -> dict[str, 
     with torch.no_grad():
         values = {
             "truth": truth.log_prob(test),
-            "proposal": aem().proposal_log_prob(test),
             "AEM": aem().log_prob(test, exact=True),
             "AEM, 1,000 samples": aem().log_prob(test, num_importance_samples=1000),
+            "proposal": aem().proposal_log_prob(test),
         }
     progress(", ".join(f"{name} {float(each.mean()):.3f}" for name, each in values.items()))
     torch.manual_seed(seed)
@@ -131,8 +132,16 @@ def density_run(density: str, args: argparse.Namespace, seed: int) -> dict[str, 
     with torch.no_grad():
         values["RQ-NSF (C)"] = flow().log_prob(test)
     return {
-        **{name: float(each.mean()) for name, each in values.items()},
-        "standard error": standard_error(values["truth"] - values["AEM"]),
+        "means": {name: float(each.mean()) for name, each in values.items()},
+        "differences": {
+            f"{a} - {b}": difference(values[a], values[b])
+            for a, b in (
+                ("truth", "AEM"),
+                ("AEM", "proposal"),
+                ("AEM", "RQ-NSF (C)"),
+                ("AEM, 1,000 samples", "AEM"),
+            )
+        },
         "checks": aem.diagnostics(),
         **done,
         "flow seconds": flow_done["seconds"],
@@ -140,25 +149,26 @@ def density_run(density: str, args: argparse.Namespace, seed: int) -> dict[str, 
 
 
 def densities(args: argparse.Namespace) -> None:
-    rows = []
+    rows, gaps = [], []
     for density in args.densities:
         for seed in args.seeds:
             name = f"aem_densities_{density}_{seed}_{args.seconds:.0f}"
             run = kept(name, functools.partial(density_run, density, args, seed))
-            names = ["truth", "AEM", "AEM, 1,000 samples", "proposal", "RQ-NSF (C)"]
+            which = {"density": density, "seed": f"{seed}"}
             rows.append(
                 {
-                    "density": density,
-                    "seed": f"{seed}",
-                    **{name: f"{run[name]:.3f}" for name in names},
-                    "standard error": f"{run['standard error']:.3f}",
+                    **which,
+                    **{name: f"{value:.3f}" for name, value in run["means"].items()},
                     "steps": f"{run['steps']:,}",
                     "CPU s": f"{run['seconds']:.0f}",
                     "CPU s, flow": f"{run['flow seconds']:.0f}",
                 }
             )
+            differences = run["differences"].items()
+            gaps.append(which | {name: with_error(*each, digits=4) for name, each in differences})
     how = f"{threads_in_words(1)}, {NUM_TEST:,} test points"
     write_table("aem_densities", rows, how, PACKAGES)
+    write_table("aem_gaps", gaps, f"{how}, standard errors of pairs", PACKAGES)
     draw_plane(args.densities, args.seeds[0])
 
 
@@ -167,8 +177,8 @@ def draw_plane(densities: Sequence[str], seed: int) -> None:
     """Nash and Durkan 2019, figure 4: a row for each density, all panels in the data's colours."""
     from matplotlib.figure import Figure
 
-    columns = ["Data", "Proposal, density", "AEM, density", "AEM, draws", "RQ-NSF (C), density"]
-    figure = Figure(figsize=(8.6, 1.78 * len(densities)), layout="constrained")
+    columns = ["Data", "Proposal", "Proposal, draws", "AEM", "AEM, draws", "RQ-NSF (C)"]
+    figure = Figure(figsize=(9.6, 1.68 * len(densities)), layout="constrained")
     grid = figure.subplots(len(densities), len(columns), squeeze=False)
     for axes, density in zip(grid, densities, strict=True):
         torch.manual_seed(seed)
@@ -183,6 +193,7 @@ def draw_plane(densities: Sequence[str], seed: int) -> None:
         pictures = [
             counted(points, low, high),
             aem().proposal_log_prob(cells).exp(),
+            counted(aem().sample((NUM_DRAWN,), num_proposals=1), low, high),  # nothing to choose
             aem().log_prob(cells, exact=True).exp(),
             counted(aem().sample((NUM_DRAWN,)), low, high),
             flow.eval()().log_prob(cells).exp(),

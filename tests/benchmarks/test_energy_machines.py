@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks._energy import standard_error
+from benchmarks._energy import difference, standard_error, with_error
 from benchmarks._energy_plane import Picture, errors_of_normalizers, machine
 
 SIDE = 16
@@ -53,3 +53,10 @@ def test_errors_of_normalizers_fall_with_the_samples() -> None:
 def test_the_standard_error_is_that_of_the_mean() -> None:
     values = torch.tensor([1.0, 3.0])
     assert standard_error(values) == pytest.approx(1.0)
+
+
+def test_differences_are_of_pairs_with_the_error_of_their_mean() -> None:
+    a = torch.tensor([5.0, -2.0, 12.0])
+    assert difference(a, a - 1.0) == pytest.approx((1.0, 0.0))
+    assert difference(a, a - torch.tensor([0.0, 1.0, 2.0])) == pytest.approx((1.0, 3**-0.5))
+    assert with_error(1.0, 0.126) == "1.00 ± 0.13"

@@ -140,7 +140,8 @@ class EnergyMachineDistribution(TorchDistribution):
         Draw, feature by feature.
 
         :param sample_shape: shape of the draws.
-        :param num_proposals: draws of the proposal to choose each number from, 100 by default.
+        :param num_proposals: draws of the proposal to choose each number from, 100 by default; of
+            one, the results are draws of the proposal.
         :param exact: invert the distribution function on a fine grid instead.
         :returns: shape ``sample_shape + batch_shape + (features,)``.
         """

@@ -163,6 +163,17 @@ def test_draws_have_the_known_distribution(method: str) -> None:
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
+def test_of_one_proposal_each_draws_are_those_of_the_proposal() -> None:
+    aem = _known(log_mixture, features=1)
+    draws = aem().sample((3000,), num_proposals=1)
+    grid = torch.linspace(-60.0, 60.0, 100_001)
+    with torch.no_grad():
+        density = aem().proposal_log_prob(grid[:, None]).exp()
+    cdf = torch.cumulative_trapezoid(density, grid)
+    uniform = cdf[torch.searchsorted(grid, draws[:, 0]).clamp(1, len(cdf)) - 1]
+    assert stats.kstest(uniform.numpy(), "uniform").pvalue > 1e-3
+
+
 @settings
 def test_draws_follow_the_density_by_quadrature(setting: dict[str, Any]) -> None:
     """Counts of draws in cells of the plane against the mass that quadrature finds there."""
