@@ -1,5 +1,7 @@
 """Sphinx configuration; `make docs` builds with warnings as errors."""
 
+import base64
+import json
 import os
 import shutil
 from importlib.metadata import version as installed_version
@@ -21,6 +23,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
+    "sphinx_design",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
@@ -29,14 +32,17 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"
 
 # Sphinx reads only below this folder, and the notebooks live with the tutorials.
-# A checkout without notebooks has documentation all the same.
-suppress_warnings = ["toc.empty_glob"]
 notebooks = DOCS / "tutorials" / "notebooks"
 shutil.rmtree(notebooks, ignore_errors=True)
 for notebook in (DOCS.parent / "tutorials").glob("*/*.ipynb"):
     folder = notebooks / notebook.parent.name
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(notebook, folder)
+    # The list of tutorials shows the picture of the cell with the tag "gallery".
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if "gallery" in cell["metadata"].get("tags", ()):
+            pictures = [out["data"]["image/png"] for out in cell["outputs"] if "data" in out]
+            (folder / "gallery.png").write_bytes(base64.b64decode(pictures[0]))
 
 # Links into the documentation of Python, torch and Pyro need the network: on request only.
 if os.environ.get("PYRO_EXT_DOCS_INTERSPHINX"):
@@ -62,3 +68,5 @@ python_maximum_signature_line_length = 88
 
 html_theme = "furo"
 html_title = f"pyro_ext {release}"
+html_static_path = ["_static"]
+html_css_files = ["gallery.css"]
