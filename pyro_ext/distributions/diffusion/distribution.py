@@ -135,18 +135,26 @@ class ScoreFlowDistribution(TorchDistribution):
         """
         settings = check_settings(self.module.ode._replace(**changes))
         shape, rows, context = self._rows(value)
+        follows = torch.is_grad_enabled() and not settings.score_gradient
+        size = max(1, len(rows)) if follows else _ROWS_AT_ONCE
         parts = []
-        size = max(1, len(rows)) if torch.is_grad_enabled() else _ROWS_AT_ONCE
-        for start in range(0, max(1, len(rows)), size):
-            part = slice(start, start + size)
-            some = None if context is None else context[part]
-            z = self._flow(rows[part], some, settings, to_noise=True, with_log_det=True)
-            parts.append(z)
-        noise = torch.cat([part.value for part in parts]) / self.module.sde.prior_std
-        log_det = torch.cat([part.log_det for part in parts if part.log_det is not None])
-        evaluations = torch.cat([part.num_evaluations for part in parts])
-        log_prior = self._log_prior(noise)
-        log_prob = log_prior + log_det - self._log_scale()
+        with torch.set_grad_enabled(follows):
+            for start in range(0, max(1, len(rows)), size):
+                part = slice(start, start + size)
+                some = None if context is None else context[part]
+                found = self._flow(rows[part], some, settings, to_noise=True, with_log_det=True)
+                parts.append(found)
+            noise = torch.cat([part.value for part in parts]) / self.module.sde.prior_std
+            log_det = torch.cat([part.log_det for part in parts if part.log_det is not None])
+            evaluations = torch.cat([part.num_evaluations for part in parts])
+            log_prob = self._log_prior(noise) + log_det - self._log_scale()
+        if settings.score_gradient and rows.requires_grad:
+            t = rows.new_full((len(rows),), self.module.sde.start)
+            with torch.no_grad():
+                z = self._standardized(rows)
+                score = self._score(context)(z, t, row_numbers(rows)) / self.module.scale
+            # zero, with the score as its gradient
+            log_prob = log_prob + (score * (rows - rows.detach())).flatten(1).sum(-1)
         return OdeDensity(
             log_prob.reshape(shape),
             noise.reshape(shape + self.event_shape),

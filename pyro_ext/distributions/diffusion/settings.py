@@ -55,6 +55,12 @@ class OdeSettings(NamedTuple):
     """Gradients by the adjoint equation, whose memory does not grow with the number of steps;
     for solvers of ``torchdiffeq``."""
 
+    score_gradient: bool = False
+    """Gradients of log-densities with respect to the values are the score at the start, at the
+    price of one evaluation instead of the derivative of a whole solution; parameters and context
+    get none. They are as good as the score. Hamiltonian Monte Carlo over the values does not mind:
+    its steps are reversible with any gradient, and what it accepts depends on the density."""
+
     def is_exact(self, num_dimensions: int) -> bool:
         """
         Whether the divergence is computed exactly.
@@ -93,6 +99,8 @@ def check_settings(settings: OdeSettings) -> OdeSettings:
         raise ValueError(
             "adjoint=True needs a solver of torchdiffeq: give solver='dopri5' or solver='rk4' too"
         )
+    if settings.adjoint and settings.score_gradient:
+        raise ValueError("adjoint=True and score_gradient=True: choose one of the two gradients")
     return settings
 
 

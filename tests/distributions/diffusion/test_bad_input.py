@@ -66,6 +66,7 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
         ({"max_evaluations": 2.5}, "max_evaluations"),
         ({"num_probes": True}, "num_probes"),
         ({"adjoint": True}, "solver='dopri5'"),
+        ({"adjoint": True, "score_gradient": True, "solver": "rk4"}, "choose one of the two"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -8,11 +8,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Predictive
+from pyro.infer import HMC, MCMC, Predictive
 from torch import Tensor
 
 from pyro_ext.distributions import ScoreFlow
-from pyro_ext.distributions.diffusion import OdeSettings
+from pyro_ext.distributions.diffusion import SDE, VPSDE, OdeSettings
 from tests.distributions.diffusion.problems import FADED, Mixture, known_flow
 from tests.statistics import assert_moments
 
@@ -144,6 +144,90 @@ def test_as_a_prior_by_its_density() -> None:
     gradient = torch.autograd.grad(log_joint, value)[0]
     expected = -(0.9 - 0.5) / 0.7 + (1.2 - 0.9) / 0.25
     assert float(gradient) == pytest.approx(expected, abs=1e-2)
+
+
+class Gaussian(torch.nn.Module):
+    """The score of independent Gaussians, in few operations."""
+
+    def __init__(self, sde: SDE, mean: Tensor, variance: Tensor) -> None:
+        super().__init__()
+        self.sde, self.mean, self.variance = sde, mean, variance
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        a, std = self.sde.mean_factor(t)[:, None], self.sde.std(t)[:, None]
+        return (a * self.mean - x) / (a.square() * self.variance + std.square())
+
+
+def _gaussian(mean: Tensor, variance: Tensor, **settings: Any) -> ScoreFlow:
+    sde = VPSDE(start=1e-2)
+    ode = OdeSettings(solver="rk4", num_steps=4, **settings)
+    network = Gaussian(sde, mean, variance)
+    return ScoreFlow(len(mean), network, sde=sde, parametrization="score", ode=ode)
+
+
+def _draws(model: Any, site: str, step_size: float, num_samples: int) -> Tensor:
+    """Draws by Hamiltonian Monte Carlo of a site of many problems side by side."""
+    kernel = HMC(
+        model, step_size=step_size, num_steps=4, adapt_step_size=False, adapt_mass_matrix=False
+    )
+    mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=8, disable_progbar=True)
+    mcmc.run()
+    return mcmc.get_samples()[site].transpose(0, 1)
+
+
+def test_hamiltonian_monte_carlo_over_the_noise_of_the_equation() -> None:
+    """Of a Gaussian prior and likelihood the posterior is known, for the map as it is solved."""
+    mean, variance = torch.tensor([0.5, -0.5]), torch.tensor([1.0, 0.3])
+    flow, number = _gaussian(mean, variance), 100
+
+    def model() -> None:
+        with pyro.plate("problems", number):
+            noise = pyro.sample("noise", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            x = flow().to_data(noise)
+            pyro.sample("y", dist.Normal(x.sum(-1), 0.7), obs=torch.full((number,), 1.2))
+
+    noise = _draws(model, "noise", 0.35, 12)
+    with torch.no_grad():
+        x = flow().to_data(noise)
+        # the map is linear: the prior that the solver makes of standard normal noise
+        origin, *ends = flow().to_data(torch.cat([torch.zeros(1, 2), torch.eye(2)]))
+    covariance = torch.diag((torch.stack(ends) - origin).diagonal().square())
+    torch.testing.assert_close(covariance.diagonal(), variance, atol=0.01, rtol=0)
+    torch.testing.assert_close(origin, mean, atol=0.01, rtol=0)
+    gain = covariance.sum(0) / (covariance.sum() + 0.49)
+    expected = origin + gain * (1.2 - origin.sum())
+    assert_moments(
+        x, expected, covariance=covariance - torch.outer(gain, covariance.sum(0)), name="x"
+    )
+
+
+def test_hamiltonian_monte_carlo_over_the_data_with_the_score() -> None:
+    """Steps follow the learned score, and the density decides."""
+    flow = _gaussian(torch.tensor([0.5]), torch.tensor([0.7]), score_gradient=True)
+    number = 150
+
+    def model() -> None:
+        with pyro.plate("problems", number):
+            x = pyro.sample("x", flow())
+            pyro.sample("y", dist.Normal(x[..., 0], 0.5), obs=torch.full((number,), 1.2))
+
+    x = _draws(model, "x", 0.2, 12)
+    precision = 1 / 0.7 + 1 / 0.25
+    mean = (0.5 / 0.7 + 1.2 / 0.25) / precision
+    assert_moments(x, torch.tensor([mean]), covariance=torch.tensor([[1 / precision]]), name="x")
+
+
+def test_the_score_as_the_gradient_of_the_density() -> None:
+    prior = Mixture(torch.ones(1), torch.tensor([[0.5, 0.0]]), 0.7 * torch.eye(2)[None])
+    flow = known_flow(prior, FADED["vp"])
+    flow.loc.copy_(torch.tensor([3.0, -1.0]))
+    flow.scale.copy_(torch.tensor([2.0, 0.1]))
+    x = (flow.loc + flow.scale * torch.randn(4, 2)).requires_grad_()
+    plain, fast = (flow().log_prob(x, score_gradient=choice) for choice in (False, True))
+    torch.testing.assert_close(plain, fast)
+    gradients = [torch.autograd.grad(log_prob.sum(), x)[0] for log_prob in (plain, fast)]
+    torch.testing.assert_close(gradients[1], flow().score(x).detach())
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
 
 
 def test_weights_go_to_a_file_and_back() -> None:
