@@ -5,8 +5,10 @@ most half the processor time of training.
 
     python benchmarks/contrastive.py run two_moons npe --simulations 2000
     python benchmarks/contrastive.py run slcp nre --atoms 10 --rounds 5 --simulations 1000
-    python benchmarks/contrastive.py suite                 # all of the table, hours
-    python benchmarks/contrastive.py table
+    python benchmarks/contrastive.py suite                 # all of the table, an hour and more
+    python benchmarks/contrastive.py table                 # of the runs that there are
+    python benchmarks/contrastive.py picture
+    python benchmarks/contrastive.py calibration           # ranks of simulation-based calibration
 
 Both run on the same machine in the same process, one thread, float32, one after the other, with
 draws from the same prior: the Pyro model is ours as it is, and is handed to sbi as a prior and a
@@ -15,9 +17,11 @@ a tenth held out, patience of 20 epochs, a MAF of five layers, a residual networ
 50); ours are the defaults. ``npe`` is maximum likelihood in the first round and SNPE-C after it,
 ``nre`` the ratio among K parameters, ``nle`` the likelihood.
 
-Figures: C2ST of 1,000 draws (pyro_ext.diagnostics.classifier_two_sample_test, 1/2 is perfect),
-minus the log-density of the true parameters by a Gaussian kernel estimate of the draws, seconds of
-processor time. Every finished run is a line of ``benchmarks/output/contrastive.jsonl``.
+Figures: C2ST of 1,000 draws (pyro_ext.diagnostics.classifier_two_sample_test, the mean of two
+seeds of the classifier; 1/2 is perfect), minus the log-density of the true parameters by a
+Gaussian kernel estimate of the draws, seconds of processor time. The draws of every finished run
+are kept in ``benchmarks/output/contrastive``, its figures are a line of
+``benchmarks/output/contrastive.jsonl``.
 """
 
 from __future__ import annotations
@@ -27,10 +31,9 @@ import json
 import os
 import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -39,184 +42,89 @@ import torch
 from scipy.stats import gaussian_kde
 from torch import Tensor
 
+from benchmarks._contrastive import METHODS, NUM_DRAWS, PACKAGES, Setting, estimator_for
 from benchmarks._report import OUTPUT, progress, write_table
 from benchmarks.simulators import TASKS, Task, cached_reference
-from pyro_ext import (
-    NeuralLikelihoodEstimator,
-    NeuralPosteriorEstimator,
-    NeuralRatioEstimator,
-)
-from pyro_ext.diagnostics import classifier_two_sample_test
-from pyro_ext.infer.contrastive.inspection import inspect_model
-from pyro_ext.infer.contrastive.simulator import Simulator
+from pyro_ext import NeuralRatioEstimator
+from pyro_ext.diagnostics import classifier_two_sample_test, simulation_based_calibration
 
 RESULTS_FILE = os.path.join(OUTPUT, "contrastive.jsonl")
-NUM_DRAWS = 1000
-METHODS = ("npe", "nre", "nle")
-# the event-by-event simulator advances all its runs at once, and draws by rejection
-WAYS = {"lotka_volterra_jump": "plate"}
+DRAWS = os.path.join(OUTPUT, "contrastive")
+FIGURE = os.path.join(os.path.dirname(OUTPUT), "..", "docs", "images", "contrastive_rounds.png")
+STYLE = os.path.join(os.path.dirname(OUTPUT), "..", "pyro_ext", "figures.mplstyle")
+_PANELS = {
+    "nltp_rounds": "-log p(true parameters)",
+    "distances": "median distance of simulations",
+    "cpu_training_rounds": "training, CPU s",
+}
+CLASSIFIER_SEEDS = 2
+CALIBRATION_SIMULATIONS, CALIBRATION_RUNS, CALIBRATION_DRAWS = 5000, 400, 99
 
-
-class Setting(NamedTuple):
-    """One run."""
-
-    task: str
-    method: str
-    atoms: int
-    rounds: int
-    simulations: int
-    seed: int
-
-    @property
-    def key(self) -> str:
-        """What runs with different seeds have in common."""
-        return json.dumps(self._replace(seed=0))
-
-
-class Run(NamedTuple):
-    """Draws, and what they cost."""
-
-    draws: Tensor
-    cpu_training: float
-    cpu_sampling: float
-    num_failed: int
-
-
+_ONE_ROUND = (
+    "two_moons",
+    "gaussian_linear",
+    "queue",
+    "lotka_volterra_jump",
+    "lotka_volterra_sde_plausible",
+)
 SUITE = [
-    *(Setting("two_moons", m, 10, 1, 2000, s) for s in range(3) for m in ("npe", "nre")),
-    *(Setting("two_moons", "nre", k, 1, 2000, 0) for k in (2, 100)),
-    Setting("two_moons", "nle", 10, 1, 2000, 0),
-    *(Setting("slcp", m, 10, 1, 5000, s) for s in range(3) for m in ("npe", "nre")),
-    *(Setting("slcp", m, k, 5, 1000, 0) for k in (2, 10, 100) for m in ("npe", "nre")),
-    *(Setting("queue", m, 10, 1, 2000, 0) for m in ("npe", "nre")),
-    *(Setting("lotka_volterra_jump", m, 10, 1, 2000, 0) for m in ("npe", "nre")),
+    *(
+        setting
+        for seed in range(3)
+        for setting in (
+            *(Setting(task, m, 10, 1, 2000, seed) for task in _ONE_ROUND for m in ("npe", "nre")),
+            *(Setting("slcp", m, 10, 5, 1000, seed) for m in ("nre", "npe")),
+        )
+    ),
+    *(Setting(task, "nre", k, 1, 2000, 0) for task in ("two_moons", "queue") for k in (2, 100)),
+    *(Setting(task, "nle", 10, 1, 2000, 0) for task in ("two_moons", "queue")),
 ]
 
 
-def run_ours(setting: Setting, task: Task) -> Run:
-    """Estimators of this package, with their defaults."""
-    options: dict[str, Any] = {
-        "observed": ["x"],
-        "latents": ["theta"],
-        "vectorize": WAYS.get(task.name),
-    }
-    if setting.method == "npe":
-        estimator: Any = NeuralPosteriorEstimator(task.model, num_atoms=setting.atoms, **options)
-    elif setting.method == "nre":
-        estimator = NeuralRatioEstimator(task.model, num_atoms=setting.atoms, **options)
-    else:
-        estimator = NeuralLikelihoodEstimator(task.model, **options)
-    observation = task.observation().float()
-    training = 0.0
-    posterior = None
-    for _ in range(setting.rounds):
-        estimator.simulate(setting.simulations, posterior)
-        start = time.process_time()
-        estimator.fit()
-        training += time.process_time() - start
-        posterior = estimator.posterior(observation)
-    start = time.process_time()
-    draws = posterior.sample(NUM_DRAWS)["theta"]
-    sampling = time.process_time() - start
-    return Run(draws, training, sampling, estimator.simulations.num_failed)
-
-
-def run_sbi(setting: Setting, task: Task) -> Run:
-    """The same with sbi."""
-    from sbi.inference import NLE, NPE_C, NRE_B
-    from sbi.utils import BoxUniform
-
-    structure = inspect_model(task.model, ["x"], ["theta"], ())
-    simulator = Simulator(task.model, structure, WAYS.get(task.name))
-    support = structure.latents[0].support.base_constraint
-    prior = BoxUniform(*(side.expand(structure.features) for side in _ends(support)))
-    fit = {
-        "training_batch_size": 100,
-        "learning_rate": 5e-4,
-        "stop_after_epochs": 20,
-        "validation_fraction": 0.1,
-    }
-    inference: Any
-    if setting.method == "npe":
-        inference = NPE_C(prior, density_estimator="maf", show_progress_bars=False)
-        fit["num_atoms"] = setting.atoms
-    elif setting.method == "nre":
-        inference = NRE_B(prior, classifier="resnet", show_progress_bars=False)
-        fit["num_atoms"] = setting.atoms
-    else:
-        inference = NLE(prior, density_estimator="maf", show_progress_bars=False)
-    sampler: dict[str, Any] = {}
-    if setting.method != "npe":
-        chains = {"num_chains": 100, "warmup_steps": 50, "thin": 5}
-        sampler = {"mcmc_method": "slice_np_vectorized", "mcmc_parameters": chains}
-    observation = task.observation().float().reshape(-1)
-    proposal: Any = prior
-    training, num_failed = 0.0, 0
-    for i in range(setting.rounds):
-        quiet = {} if i == 0 else {"show_progress_bars": False}
-        theta = proposal.sample((setting.simulations,), **quiet)
-        site = structure.latents[0]
-        x = simulator.simulate(site.transform.inv(theta)).observations["x"].flatten(1).float()
-        num_failed += int((~x.isfinite().all(1)).sum())
-        start = time.process_time()
-        # sbi refuses failed simulations in ratio estimation, unless told to leave them out
-        invalid = {"exclude_invalid_x": True} if setting.method != "npe" else {}
-        proposed = {"proposal": proposal} if setting.method == "npe" else {}
-        inference.append_simulations(theta, x, **proposed, **invalid).train(
-            **(fit if setting.method != "npe" or i else _without(fit, "num_atoms"))
-        )
-        posterior = inference.build_posterior(**sampler)
-        training += time.process_time() - start
-        posterior.set_default_x(observation)
-        proposal = posterior
-    start = time.process_time()
-    draws = proposal.sample((NUM_DRAWS,), show_progress_bars=False)
-    return Run(draws, training, time.process_time() - start, num_failed)
-
-
-def _ends(support: Any) -> Iterator[Tensor]:
-    yield from (torch.as_tensor(e) for e in (support.lower_bound, support.upper_bound))
-
-
-def _without(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != name}
-
-
-PACKAGES: dict[str, Callable[[Setting, Task], Run]] = {"pyro_ext": run_ours, "sbi": run_sbi}
-
-
-def figures(draws: Tensor, task: Task) -> dict[str, float]:
+def figures(draws: list[Tensor], task: Task) -> dict[str, Any]:
     """How good draws are."""
-    result: dict[str, float] = {}
+    result: dict[str, Any] = {}
     if task.reference is not None:
         exact = cached_reference(task, NUM_DRAWS).draws
-        torch.manual_seed(0)
-        test = classifier_two_sample_test(exact, draws.to(exact))
-        result["c2st"] = test.accuracy
+        accuracies = []
+        for seed in range(CLASSIFIER_SEEDS):
+            torch.manual_seed(seed)
+            test = classifier_two_sample_test(exact, draws[-1].to(exact))
+            accuracies.append(test.accuracy)
+        result["c2st"] = statistics.mean(accuracies)
     if task.truth is not None:
-        density = gaussian_kde(draws.numpy().astype(float).T)
-        result["nltp"] = -float(density.logpdf(task.truth.numpy().astype(float))[0])
+        result["nltp_rounds"] = [_minus_log_density_of_truth(each, task.truth) for each in draws]
+        result["nltp"] = result["nltp_rounds"][-1]
     return result
+
+
+def _minus_log_density_of_truth(draws: Tensor, truth: Tensor) -> float:
+    density = gaussian_kde(draws.numpy().astype(float).T)
+    return -float(density.logpdf(truth.numpy().astype(float))[0])
 
 
 def run(package: str, setting: Setting) -> dict[str, Any]:
     """One run, kept in the file of results."""
-    task = TASKS[setting.task]
     torch.manual_seed(setting.seed)
     np.random.seed(setting.seed)
     with warnings.catch_warnings():
         if package == "sbi":
             warnings.simplefilter("ignore")
-        found = PACKAGES[package](setting, task)
+        found = PACKAGES[package](setting)
+    draws = [each.detach() for each in found.draws]
+    os.makedirs(DRAWS, exist_ok=True)
+    name = "_".join([package, *(str(value) for value in setting)])
+    torch.save(draws, os.path.join(DRAWS, f"{name}.pt"))
     record = {
         "package": package,
         **setting._asdict(),
-        "cpu_training": found.cpu_training,
+        "cpu_training": found.cpu_training[-1],
+        "cpu_training_rounds": found.cpu_training,
         "cpu_sampling": found.cpu_sampling,
+        "distances": found.distances,
         "num_failed": found.num_failed,
-        **figures(found.draws.detach(), task),
+        **figures(draws, TASKS[setting.task]),
     }
-    os.makedirs(OUTPUT, exist_ok=True)
     with open(RESULTS_FILE, "a") as file:
         file.write(json.dumps(record) + "\n")
     progress(json.dumps(record))
@@ -260,30 +168,111 @@ def table() -> None:
                 "K": str(first["atoms"]) if has_atoms else "",
                 "simulations": f"{first['rounds']} x {first['simulations']}",
                 "package": first["package"],
-                "C2ST": _mean_and_range(runs, "c2st"),
-                "-log p(true)": _mean_and_range(runs, "nltp"),
-                "training, CPU s": _mean_and_range(runs, "cpu_training", digits=1),
-                "drawing 1,000, CPU s": _mean_and_range(runs, "cpu_sampling", digits=2),
+                "C2ST": _median_and_range(runs, "c2st"),
+                "-log p(true)": _median_and_range(runs, "nltp", digits=2),
+                "training, CPU s": _median_and_range(runs, "cpu_training", digits=1),
+                "drawing 1,000, CPU s": _median_and_range(runs, "cpu_sampling", digits=2),
                 "failed": str(first["num_failed"]),
                 "seeds": str(len(runs)),
             }
         )
-    write_table("contrastive", rows, "one thread", ["torch", "pyro-ppl", "sbi"])
+    how = "one thread, medians over seeds (smallest to largest)"
+    write_table("contrastive", rows, how, ["torch", "pyro-ppl", "sbi", "scikit-learn"])
 
 
-def _mean_and_range(runs: list[dict[str, Any]], name: str, digits: int = 3) -> str:
+def _median_and_range(runs: list[dict[str, Any]], name: str, digits: int = 3) -> str:
     values = [run[name] for run in runs if name in run]
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
+    median = f"{statistics.median(values):.{digits}f}"
     if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        return median
+    return f"{median} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def calibration() -> None:
+    """Simulation-based calibration of posteriors that were learned from one set of simulations."""
+    rows: list[dict[str, str]] = []
+    for name in ("gaussian_linear", "two_moons"):
+        for method in ("npe", "nre"):
+            torch.manual_seed(0)
+            task = TASKS[name]
+            estimator = estimator_for(Setting(name, method, 10, 1, 0, 0), task)
+            estimator.simulate(CALIBRATION_SIMULATIONS)
+            estimator.fit()
+            rows.append({"task": name, "method": method, **_calibrate(estimator, task)})
+            progress(str(rows[-1]))
+    how = (
+        f"one thread; {CALIBRATION_SIMULATIONS} simulations, {CALIBRATION_RUNS} data sets, "
+        f"{CALIBRATION_DRAWS} draws for each"
+    )
+    write_table("contrastive_calibration", rows, how, ["torch", "pyro-ppl"])
+
+
+def _calibrate(estimator: Any, task: Task) -> dict[str, str]:
+    log_posterior: Callable[[Tensor, Tensor], Tensor] | None = task.log_posterior
+    if log_posterior is None:
+        raise ValueError(f"The exact posterior of {task.name!r} is not known.")
+    options = {"method": "importance"} if isinstance(estimator, NeuralRatioEstimator) else {}
+    with warnings.catch_warnings():
+        # of data at the edge of what was simulated, which are among those from the prior
+        warnings.simplefilter("ignore")
+        result = simulation_based_calibration(
+            task.model,
+            lambda data: estimator.posterior(data["x"]).sample(CALIBRATION_DRAWS, **options),
+            observed="x",
+            num_simulations=CALIBRATION_RUNS,
+            quantities={"exact": lambda values, data: log_posterior(values["theta"], data["x"])},
+            disable_progbar=True,
+        )
+    progress(result.summary())
+    names = [f"theta {i + 1}" for i in range(len(result.spread["theta"]))] + ["exact log-density"]
+    location, spread = _joined(result.location), _joined(result.spread)
+    columns = {name: f"{location[i]:.3f}, {spread[i]:.2f}" for i, name in enumerate(names)}
+    return {"p-value of all ranks": f"{result.p_value:.3f}", **columns}
+
+
+def _joined(values: dict[str, Tensor]) -> list[float]:
+    return [float(v) for name in ("theta", "exact") for v in values[name].reshape(-1)]
+
+
+def picture() -> None:
+    """What every round of inference adds, on the task with the complex posterior."""
+    import matplotlib.pyplot as plt
+
+    colours = {"pyro_ext": "tab:blue", "sbi": "tab:orange"}
+    lines = {"npe": "-", "nre": "--"}
+    runs = [r for r in records() if r["task"] == "slcp" and r["rounds"] > 1]
+    with plt.style.context(STYLE):
+        panels: Any
+        figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
+        for package, colour in colours.items():
+            for method, line in lines.items():
+                group = [r for r in runs if (r["package"], r["method"]) == (package, method)]
+                if not group:
+                    continue
+                label = f"{package}, {method.upper()}"
+                total = np.arange(1, group[0]["rounds"] + 1) * group[0]["simulations"]
+                for panel, name in zip(panels, _PANELS, strict=True):
+                    values = np.array([r[name] for r in group])
+                    panel.plot(total, np.median(values, 0), line, color=colour, label=label)
+                    panel.fill_between(
+                        total, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0
+                    )
+        for panel, title in zip(panels, _PANELS.values(), strict=True):
+            panel.set_xlabel("simulations")
+            panel.set_title(title, fontsize="medium")
+        panels[2].set_yscale("log")
+        panels[0].legend(fontsize="small")
+        os.makedirs(os.path.dirname(FIGURE), exist_ok=True)
+        figure.savefig(FIGURE, dpi=130, pil_kwargs={"optimize": True})
+    progress(f"wrote {os.path.relpath(FIGURE)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["run", "suite", "table"], nargs="?", default="suite")
+    commands = ["run", "suite", "table", "picture", "calibration"]
+    parser.add_argument("command", choices=commands, nargs="?", default="suite")
     parser.add_argument("task", choices=list(TASKS), nargs="?")
     parser.add_argument("method", choices=METHODS, nargs="?")
     parser.add_argument("--atoms", type=int, default=10)
@@ -296,20 +285,17 @@ def main() -> None:
     if arguments.command == "run":
         if arguments.task is None or arguments.method is None:
             parser.error("run needs a task and a method")
+        setting = Setting(*(getattr(arguments, name) for name in Setting._fields))
         for package in arguments.packages:
-            setting = Setting(
-                arguments.task,
-                arguments.method,
-                arguments.atoms,
-                arguments.rounds,
-                arguments.simulations,
-                arguments.seed,
-            )
             run(package, setting)
-    if arguments.command == "suite":
+    elif arguments.command == "suite":
         suite(arguments.packages)
-    if records():
+    elif arguments.command == "calibration":
+        calibration()
+    if arguments.command in ("run", "suite", "table") and records():
         table()
+    if arguments.command in ("suite", "picture"):
+        picture()
 
 
 if __name__ == "__main__":

@@ -16,12 +16,18 @@ from .inspection import inspect_model
 from .losses import Batch
 from .observations import ObservationEncoder, flatten, flatten_one
 from .posterior import Posterior
+from .posteriors import RatioPosterior
 from .simulations import Simulations, join, make_simulations
 from .simulator import Simulator
 from .sites import constrain, unconstrain, without_transforms
 from .workers import simulate_in_processes
 
-__all__ = ["ContrastiveEstimator"]
+__all__ = ["CAUTIOUS_LEARNING_RATE", "ContrastiveEstimator"]
+
+CAUTIOUS_LEARNING_RATE = 2e-3
+"""Step size for networks that nothing is known of."""
+
+_MIN_BATCH = 100
 
 
 class ContrastiveEstimator(nn.Module):
@@ -48,8 +54,10 @@ class ContrastiveEstimator(nn.Module):
         the latents as they are.
     """
 
-    learning_rate: ClassVar[float] = 2e-3
-    """Step size that a fit starts from by default."""
+    num_steps: ClassVar[int] = 400
+    """Steps of a fit by default, in the first round; further rounds take half as many."""
+    num_minibatches: ClassVar[int] = 10
+    """Minibatches of a pass by default, where each has some hundred simulations or more."""
 
     is_standardized: Tensor
     loc: Tensor
@@ -78,6 +86,8 @@ class ContrastiveEstimator(nn.Module):
         self.structure = without_transforms(structure) if support == "reject" else structure
         self.simulator = Simulator(model, self.structure, vectorize)
         self.max_failed = max_failed
+        self.learning_rate = 5e-3 if embedding is None else CAUTIOUS_LEARNING_RATE
+        """Step size that a fit starts from by default."""
         self.simulations: Simulations | None = None
         """All simulations so far, ``None`` before the first."""
         self.encoder = ObservationEncoder(self.structure, embedding)
@@ -175,8 +185,8 @@ class ContrastiveEstimator(nn.Module):
     def fit(
         self,
         *,
-        num_epochs: int = 60,
-        batch_size: int = 100,
+        num_epochs: int | None = None,
+        batch_size: int | None = None,
         learning_rate: float | None = None,
         weight_decay: float = 0.0,
         validation_fraction: float = 0.1,
@@ -192,12 +202,14 @@ class ContrastiveEstimator(nn.Module):
         first fit. A part of the simulations is held out, and the weights that are best on it are
         kept. See :func:`~pyro_ext.training.fit_density`, which does it.
 
-        :param int num_epochs: passes over the simulations at most; the step size falls to zero
-            over them.
-        :param int batch_size: simulations in a minibatch, among which each observation finds its
-            contrasting parameters.
-        :param learning_rate: step size of Adam at the start; 5e-3 for ratios and 2e-3 for flows
-            when ``None``.
+        :param num_epochs: passes over the simulations at most; the step size falls to zero over
+            them. When ``None``, as many as make :attr:`num_steps` steps, or half as many in
+            further rounds.
+        :param batch_size: simulations in a minibatch, among which each observation finds its
+            contrasting parameters. When ``None``, 100 or more, so that a pass over many
+            simulations has :attr:`num_minibatches`.
+        :param learning_rate: step size of Adam at the start. When ``None``,
+            :attr:`learning_rate`, which is smaller for networks of your own.
         :param float weight_decay: weight of the penalty on squared weights.
         :param float validation_fraction: of the simulations that is held out.
         :param patience: stop after this many epochs in a row without improvement.
@@ -207,25 +219,25 @@ class ContrastiveEstimator(nn.Module):
         :raises ValueError: if there are too few simulations, or a setting is out of its range.
         """
         simulations = self._checked_simulations()
-        _check_counts(num_epochs=num_epochs, batch_size=batch_size)
         if not 0.0 < validation_fraction < 1.0:
             raise ValueError(
                 f"validation_fraction={validation_fraction!r}: give a number between 0 and 1."
             )
         num = len(simulations.is_valid)
         num_validation = max(1, round(validation_fraction * num))
-        if num - num_validation < batch_size:
+        num_train = num - num_validation
+        batch_size, num_epochs = self._batch_size_and_epochs(num_train, batch_size, num_epochs)
+        if num_train < batch_size:
             raise ValueError(
                 f"There are {num} simulations, of which {num_validation} are held out: too few "
                 f"for minibatches of batch_size={batch_size}. Simulate more, or make it smaller."
             )
-        self._check_batch_size(batch_size)
         packed, flat = self._training_data(simulations)
         # those of each round are at even distances, so that every part has its share of them
         is_held_out = torch.zeros(num, dtype=torch.bool)
         is_held_out[torch.linspace(0, num - 1, num_validation).round().long()] = True
         is_held_out = is_held_out.to(flat.device)
-        steps_per_epoch = (num - num_validation) // batch_size
+        steps_per_epoch = num_train // batch_size
         return fit_density(
             self,
             packed[~is_held_out],
@@ -318,14 +330,16 @@ class ContrastiveEstimator(nn.Module):
         :param Tensor flat: their observations, shape ``(rows, in_features)``.
         """
 
-    @abstractmethod
-    def _make_posterior(self, features: Tensor, flat: Tensor) -> Posterior: ...
+    def _make_posterior(self, features: Tensor, flat: Tensor) -> Posterior:
+        """The posterior given features of an observation."""
+        return RatioPosterior(self.simulator, self.log_ratio, features, flat)
 
-    @abstractmethod
-    def _standardize(self, latents: Tensor, flat: Tensor) -> None: ...
+    def _standardize(self, latents: Tensor, flat: Tensor) -> None:
+        """Take from the first simulations what networks need to know beside their scale."""
 
-    def _check_batch_size(self, batch_size: int) -> None:
-        """Whether minibatches are large enough."""
+    def _num_contrasted(self) -> int:
+        """How many parameters each observation is tried with."""
+        return 1
 
     def _before_fit(self, is_valid: Tensor) -> None:
         """Take notice of the simulations that failed."""
@@ -347,6 +361,29 @@ class ContrastiveEstimator(nn.Module):
             log_prior = torch.cat([self.simulator.log_prior(u) for u in latents.split(10_000)])
         batch = Batch(latents, log_prior, is_valid, simulations.round == 0)
         return batch.pack(), flat
+
+    def _batch_size_and_epochs(
+        self, num_train: int, batch_size: int | None, num_epochs: int | None
+    ) -> tuple[int, int]:
+        num_contrasted = self._num_contrasted()
+        if batch_size is None:
+            batch_size = max(_MIN_BATCH, num_contrasted, num_train // self.num_minibatches)
+        _check_counts(batch_size=batch_size)
+        if batch_size < num_contrasted:
+            raise ValueError(
+                f"num_atoms={num_contrasted} parameters to choose from, but batch_size="
+                f"{batch_size}: contrasting parameters are the others of a minibatch."
+            )
+        if num_epochs is None:
+            # further rounds begin with networks that know most of what there is to learn
+            num_steps = self.num_steps // 2 if self._has_proposals() else self.num_steps
+            num_epochs = -(-num_steps // max(1, num_train // batch_size))
+        _check_counts(num_epochs=num_epochs)
+        return batch_size, num_epochs
+
+    def _has_proposals(self) -> bool:
+        """Whether there are simulations from other than the prior."""
+        return self.simulations is not None and bool((self.simulations.round > 0).any())
 
     def _next_round(self) -> int:
         return 1 if self.simulations is None else int(self.simulations.round.max()) + 1

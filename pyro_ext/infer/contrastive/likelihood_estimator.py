@@ -19,9 +19,7 @@ from .estimator import ContrastiveEstimator
 from .handlers import PriorIsDrawn, Recorder
 from .losses import Batch
 from .observations import flatten_one
-from .posterior import Posterior
-from .posterior_estimator import FlowFactory, default_flow
-from .posteriors import RatioPosterior
+from .posterior_estimator import FlowFactory, default_flow, initialize_flow
 from .sites import unconstrain
 
 __all__ = ["NeuralLikelihoodEstimator"]
@@ -145,11 +143,5 @@ class NeuralLikelihoodEstimator(ContrastiveEstimator):
         if not bool(is_valid.all()):
             self.may_fail.fill_(True)
 
-    def _make_posterior(self, features: Tensor, flat: Tensor) -> Posterior:
-        return RatioPosterior(self.simulator, self.log_ratio, features, flat)
-
     def _standardize(self, latents: Tensor, flat: Tensor) -> None:
-        initialize = getattr(self.flow, "initialize", None)
-        if initialize is not None:
-            with torch.no_grad():
-                initialize(self.encoder(flat))
+        initialize_flow(self.flow, self.encoder(flat))

@@ -59,7 +59,7 @@ def contrastive_loss(
     batch: Batch,
     features: Tensor,
     index: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     r"""
     Mean of :math:`-\log \frac{\exp f(\theta_b, x_b)}{\sum_{k=1}^{K} \exp f(\theta_k, x_b)}`.
 
@@ -77,9 +77,11 @@ def contrastive_loss(
     :param Batch batch: simulations.
     :param Tensor features: of their observations, one row each.
     :param Tensor index: from :func:`contrast_with`.
+    :returns: the loss, and f of the valid rows with their own latents, shape ``(n,)``.
     """
     index = index.to(batch.latents.device)[batch.is_valid]
     f = log_ratio(batch.latents[index], batch.log_prior[index], features[batch.is_valid][:, None])
-    losses = f.logsumexp(1) - f[:, 0]
+    own = f[:, 0]
+    losses = f.logsumexp(1) - own
     # without a valid row, zero with a graph
-    return losses.sum() / max(len(losses), 1)
+    return losses.sum() / max(len(losses), 1), own

@@ -16,7 +16,7 @@ from .posterior import Posterior
 from .posteriors import FlowPosterior
 from .ratio_estimator import check_num_atoms
 
-__all__ = ["FlowFactory", "NeuralPosteriorEstimator", "default_flow"]
+__all__ = ["FlowFactory", "NeuralPosteriorEstimator", "default_flow", "initialize_flow"]
 
 FlowFactory = Callable[[int, int], nn.Module]
 """From the numbers of features and of context features to a module whose call on a context
@@ -98,39 +98,30 @@ class NeuralPosteriorEstimator(ContrastiveEstimator):
     def loss(self, batch: Batch, flat: Tensor) -> Tensor:
         """Maximum likelihood in the first round, classification in the others."""
         features = self.encoder(flat)
-        is_first_round = not self._has_proposals()
-        total = features.new_zeros(())
-        if is_first_round or self.combined:
+        if not self._has_proposals():
             log_prob = self._log_prob(batch.latents, features)
-            total = total - (log_prob * (batch.is_valid & batch.is_prior)).mean()
-        if not is_first_round:
-            index = contrast_with(len(flat), self.num_atoms, at_random=self.training)
-            total = total + contrastive_loss(self.log_ratio, batch, features, index)
-        return total
+            return -(log_prob * batch.is_valid).mean()
+        index = contrast_with(len(flat), self.num_atoms, at_random=self.training)
+        loss, f = contrastive_loss(self.log_ratio, batch, features, index)
+        if self.combined:
+            # the density of each row's own latents is in its ratio already
+            log_prob = f + batch.log_prior[batch.is_valid]
+            loss = loss - (log_prob * batch.is_prior[batch.is_valid]).sum() / len(flat)
+        return loss
 
     def _log_prob(self, latents: Tensor, features: Tensor) -> Tensor:
         density: FlowDistribution = self.flow(features)
         log_prob: Tensor = density.log_prob(latents)
         return log_prob
 
-    def _has_proposals(self) -> bool:
-        return self.simulations is not None and bool((self.simulations.round > 0).any())
-
-    def _check_batch_size(self, batch_size: int) -> None:
-        if self._has_proposals() and self.num_atoms > batch_size:
-            raise ValueError(
-                f"num_atoms={self.num_atoms} parameters to choose from, but batch_size="
-                f"{batch_size}: contrasting parameters are the others of a minibatch."
-            )
+    def _num_contrasted(self) -> int:
+        return self.num_atoms if self._has_proposals() else 1
 
     def _make_posterior(self, features: Tensor, flat: Tensor) -> Posterior:
         return FlowPosterior(self.simulator, self.log_ratio, features, flat, self.flow)
 
     def _standardize(self, latents: Tensor, flat: Tensor) -> None:
-        initialize = getattr(self.flow, "initialize", None)
-        if initialize is not None:
-            with torch.no_grad():
-                initialize(latents)
+        initialize_flow(self.flow, latents)
 
 
 def default_flow(features: int, context_features: int) -> nn.Module:
@@ -141,3 +132,16 @@ def default_flow(features: int, context_features: int) -> nn.Module:
     :param int context_features: size of what it depends on.
     """
     return NeuralSplineFlow(features, context_features, transforms=5, hidden_features=50)
+
+
+@torch.no_grad()
+def initialize_flow(flow: nn.Module, data: Tensor) -> None:
+    """
+    Let a flow take location and scale of its data, if it has a method for it.
+
+    :param nn.Module flow: the flow.
+    :param Tensor data: what it is a density of, one row each.
+    """
+    initialize = getattr(flow, "initialize", None)
+    if initialize is not None:
+        initialize(data)

@@ -11,6 +11,7 @@ from pyro.infer.mcmc import NUTS
 from torch import Tensor, nn
 
 from ...errors import SamplingWarning
+from ...ops.slice_sampling import slice_sweep
 from ...ops.tempering import temper
 from ..mcmc import MCMC
 from .posterior import LogRatio, Posterior
@@ -31,8 +32,9 @@ class RatioPosterior(Posterior):
 
     :meth:`sample` has ``method="smc"``, sequential Monte Carlo with slice sampling from the prior
     to the posterior, which keeps the weights of separate modes; ``"nuts"``, Pyro's own sampler,
-    with ``warmup_steps`` and ``num_chains``; and ``"importance"``, which resamples ``num_draws``
-    draws from the prior.
+    with ``warmup_steps`` and ``num_chains``; ``"slice"``, chains of slice sampling that advance
+    together, with these two and ``thinning``; and ``"importance"``, which resamples ``num_draws``
+    draws from the prior. Chains start from a small run of the first.
     """
 
     is_normalized = False
@@ -44,6 +46,7 @@ class RatioPosterior(Posterior):
         methods: dict[str, Callable[..., Tensor]] = {
             "smc": self._smc,
             "nuts": self._nuts,
+            "slice": self._slice,
             "importance": self._importance,
         }
         if method not in methods:
@@ -87,6 +90,28 @@ class RatioPosterior(Posterior):
         mcmc.run()
         draws = mcmc.get_samples()["latents"] * scale
         return draws[torch.randperm(len(draws), device=draws.device)[:num_samples]]
+
+    @torch.no_grad()
+    def _slice(
+        self,
+        num_samples: int,
+        *,
+        warmup_steps: int = 10,
+        num_chains: int = 100,
+        thinning: int = 5,
+    ) -> Tensor:
+        _check_chains(warmup_steps, num_chains, thinning)
+        start = self.draw_unconstrained(max(num_chains, _MIN_ESS), method="smc")
+        widths = 2.0 * start.std(0)
+        state = start[:num_chains]
+        log_prob = self.log_prob_unconstrained(state)
+        draws: list[Tensor] = []
+        for i in range(1, warmup_steps + thinning * -(-num_samples // num_chains) + 1):
+            state, log_prob = slice_sweep(state, log_prob, self.log_prob_unconstrained, widths)
+            if i > warmup_steps and (i - warmup_steps) % thinning == 0:
+                draws.append(state)
+        together = torch.cat(draws)
+        return together[torch.randperm(len(together), device=start.device)[:num_samples]]
 
     def _importance(self, num_samples: int, *, num_draws: int = 20_000) -> Tensor:
         weighted = self.importance_sample(num_draws)
@@ -181,3 +206,11 @@ class FlowPosterior(Posterior):
         ):
             inside &= site.support.check(value).reshape(*inside.shape, -1).all(-1)
         return inside
+
+
+def _check_chains(warmup_steps: int, num_chains: int, thinning: int) -> None:
+    if warmup_steps < 0 or num_chains < 1 or thinning < 1:
+        raise ValueError(
+            f"warmup_steps={warmup_steps}, num_chains={num_chains}, thinning={thinning}: give at "
+            "least 0, 1 and 1."
+        )

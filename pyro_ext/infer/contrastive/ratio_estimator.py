@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ...nn.block import ResidualBlock
-from .estimator import ContrastiveEstimator
+from .estimator import CAUTIOUS_LEARNING_RATE, ContrastiveEstimator
 from .losses import Batch, contrast_with, contrastive_loss
-from .posterior import Posterior
-from .posteriors import RatioPosterior
 
 __all__ = ["NeuralRatioEstimator", "RatioNetwork", "check_num_atoms"]
 
@@ -53,7 +51,8 @@ class NeuralRatioEstimator(ContrastiveEstimator):
     torch.Size([10])
     """
 
-    learning_rate = 5e-3
+    num_steps = 540
+    num_minibatches = 20
 
     def __init__(
         self,
@@ -80,6 +79,11 @@ class NeuralRatioEstimator(ContrastiveEstimator):
             max_failed=max_failed,
         )
         self.num_atoms = check_num_atoms(num_atoms)
+        if embedding is None and network is None:
+            # which a network this small can take, and needs for posteriors with fine structure
+            self.learning_rate = 2e-2
+        else:
+            self.learning_rate = CAUTIOUS_LEARNING_RATE
         sizes = (self.structure.features, self.encoder.out_features)
         if network is None:
             self.network: nn.Module = RatioNetwork(*sizes, hidden_features, residual_blocks)
@@ -95,20 +99,10 @@ class NeuralRatioEstimator(ContrastiveEstimator):
     def loss(self, batch: Batch, flat: Tensor) -> Tensor:
         """The contrastive loss."""
         index = contrast_with(len(flat), self.num_atoms, at_random=self.training)
-        return contrastive_loss(self.log_ratio, batch, self.encoder(flat), index)
+        return contrastive_loss(self.log_ratio, batch, self.encoder(flat), index)[0]
 
-    def _check_batch_size(self, batch_size: int) -> None:
-        if self.num_atoms > batch_size:
-            raise ValueError(
-                f"num_atoms={self.num_atoms} parameters to choose from, but batch_size="
-                f"{batch_size}: contrasting parameters are the others of a minibatch."
-            )
-
-    def _make_posterior(self, features: Tensor, flat: Tensor) -> Posterior:
-        return RatioPosterior(self.simulator, self.log_ratio, features, flat)
-
-    def _standardize(self, latents: Tensor, flat: Tensor) -> None:
-        """Nothing more to be done: the network sees standardised latents."""
+    def _num_contrasted(self) -> int:
+        return self.num_atoms
 
 
 class RatioNetwork(nn.Module):

@@ -256,6 +256,8 @@ def test_ways_of_sampling() -> None:
         posterior.sample(3, method="gibbs")
     with pytest.raises(ValueError, match="num_particles=5"):
         posterior.sample(10, num_particles=5)
+    with pytest.raises(ValueError, match="thinning=0"):
+        posterior.sample(10, method="slice", thinning=0)
     with pytest.warns(SamplingWarning, match="draws from the prior, only"):
         posterior.sample(300, method="importance", num_draws=30)
 

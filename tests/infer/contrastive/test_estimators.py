@@ -68,6 +68,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "smc": {},
     "importance": {"num_draws": 50_000},
     "nuts": {"num_chains": 2, "warmup_steps": 40},
+    "slice": {},
 }
 
 

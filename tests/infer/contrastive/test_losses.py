@@ -45,14 +45,15 @@ def test_loss_with_all_rows_is_that_of_the_whole_minibatch() -> None:
     expected = (f.logsumexp(1) - f.diag()).mean()
     batch = _batch(theta, torch.ones(7, dtype=torch.bool))
     index = contrast_with(7, 7, at_random=True)
-    loss = contrastive_loss(lambda u, _, e: -0.5 * (e - u).squeeze(-1) ** 2, batch, x, index)
+    loss, own = contrastive_loss(lambda u, _, e: -0.5 * (e - u).squeeze(-1) ** 2, batch, x, index)
     torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(own, f.diag())
 
 
 def test_a_batch_of_failures_has_no_loss() -> None:
     weight = torch.ones((), requires_grad=True)
     batch = _batch(torch.randn(4, 1), torch.zeros(4, dtype=torch.bool))
-    loss = contrastive_loss(
+    loss, own = contrastive_loss(
         lambda u, _, e: weight * (u - e).squeeze(-1),
         batch,
         torch.zeros(4, 1),
@@ -60,6 +61,7 @@ def test_a_batch_of_failures_has_no_loss() -> None:
     )
     loss.backward()
     assert loss == 0
+    assert own.shape == (0,)
     assert weight.grad == 0
 
 
@@ -105,7 +107,7 @@ def _scores(
             return (f + (away * direction).sum(-1)).squeeze(-1)
 
         index = contrast_with(len(theta), num_atoms, at_random=True)
-        loss = contrastive_loss(log_ratio, _batch(theta, is_valid), x, index)
+        loss, _ = contrastive_loss(log_ratio, _batch(theta, is_valid), x, index)
         # of the sum over the valid rows: a mean over a random number of rows is another question
         loss = loss * is_valid.sum()
         gradients.append(torch.autograd.grad(loss, direction)[0])
