@@ -172,12 +172,15 @@ class KernelDensityAEM(nn.Module):
         :returns: shape ``(num_rows, features)``.
         """
 
-        def draw_one(conditionals: Conditionals, feature: int) -> Tensor:
+        def draw_one(conditionals: Conditionals, feature: int, num_draws: int) -> Tensor:
             nodes, log_weights = self._nodes(conditionals)
-            chosen = sampler.choose(log_weights.softmax(-1).cumsum(-1))
-            kernel = nodes.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+            cumulative = log_weights.softmax(-1).cumsum(-1).expand(num_draws, -1)
+            chosen = sampler.choose(cumulative).unsqueeze(-1)
+            kernel = nodes.expand(num_draws, -1).gather(-1, chosen).squeeze(-1)
             kernel = kernel + self.bandwidth[feature] * torch.randn_like(kernel)
             position = torch.rand_like(kernel).unsqueeze(-1)
+            index = torch.arange(len(conditionals), device=kernel.device).expand(num_draws)
+            conditionals = conditionals.select(index)
             from_proposal = conditionals.proposal.place(position).squeeze(-1)
             uniform = torch.rand_like(kernel)
             return torch.where(uniform < self.proposal_weight[feature], from_proposal, kernel)

@@ -345,10 +345,10 @@ class AutoregressiveEnergyMachine(nn.Module):
         """
         settings = self._settings(None, exact, num_proposals)
 
-        def draw_one(conditionals: Conditionals, feature: int) -> Tensor:
+        def draw_one(conditionals: Conditionals, feature: int, num_draws: int) -> Tensor:
             if settings.exact:
-                return sampler.inverse_of_trapezoids(conditionals)
-            return sampler.resample(conditionals, settings.num_proposals)
+                return sampler.inverse_of_trapezoids(conditionals, num_draws)
+            return sampler.resample(conditionals, num_draws, settings.num_proposals)
 
         z = sampler.draw(self.network, self._from_parameters, num_rows, context, draw_one)
         return self.standardize.to_data(z)[0]

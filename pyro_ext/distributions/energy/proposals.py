@@ -253,7 +253,7 @@ class FixedProposal(Proposal):
         """See :meth:`Proposal.grid`."""
         end = -math.log(torch.finfo(self.loc.dtype).eps)
         logits = torch.linspace(-end, end, 257, dtype=self.loc.dtype, device=self.loc.device)
-        return self.place(torch.sigmoid(logits).expand(self.number, -1))
+        return self.place(torch.sigmoid(logits)).expand(self.number, -1)
 
     def _is_inside(self, value: Tensor) -> Tensor:
         support = self.distribution.support

@@ -24,7 +24,7 @@ def draw(
     conditionals: Callable[[Tensor], Conditionals],
     num_rows: int,
     context: Tensor | None,
-    draw_one: Callable[[Conditionals, int], Tensor],
+    draw_one: Callable[[Conditionals, int, int], Tensor],
 ) -> Tensor:
     """
     Draw rows, each unit of the network computed once.
@@ -33,7 +33,8 @@ def draw(
     :param conditionals: makes densities from parameters of shape ``(n, size)``.
     :param int num_rows: rows to draw.
     :param Tensor context: what they are conditioned on, shape ``(num_rows, context_features)``.
-    :param draw_one: draws from the densities of a feature, whose number it gets, shape ``(n,)``.
+    :param draw_one: draws from the densities of a feature, whose number it gets, and how many
+        draws: one of each density, or all of the only one. Its result has shape ``(draws,)``.
     :returns: shape ``(num_rows, features)``.
     """
     parts = []
@@ -43,37 +44,43 @@ def draw(
         x: list[Tensor] = []
         for feature in range(network.features):
             parameters, state = network.step(state, x[-1] if x else None)
-            x.append(draw_one(conditionals(parameters.expand(size, -1)), feature))
+            if feature == 0 and context is None:  # all rows are drawn from the same density
+                parameters = parameters[:1]
+            x.append(draw_one(conditionals(parameters), feature, size))
         parts.append(torch.stack(x, -1))
     if not parts:
         return network.output.weight.new_empty((0, network.features))
     return torch.cat(parts)
 
 
-def resample(conditionals: Conditionals, num_proposals: int) -> Tensor:
+def resample(conditionals: Conditionals, num_draws: int, num_proposals: int) -> Tensor:
     """
     Draw by sampling-importance-resampling (Rubin 1988; Nash and Durkan 2019, section 3.3).
 
     One draw of the proposal in each stratum, of which one is chosen by its weight: exact in the
     limit of many.
 
-    :param Conditionals conditionals: n densities.
-    :param int num_proposals: draws of the proposal.
-    :returns: shape ``(n,)``.
+    :param Conditionals conditionals: a density for each draw, or one for all.
+    :param int num_draws: draws.
+    :param int num_proposals: draws of the proposal for each.
+    :returns: shape ``(num_draws,)``.
     """
-    positions = stratified_positions((len(conditionals), num_proposals), conditionals.context)
+    index = torch.arange(len(conditionals), device=conditionals.context.device)
+    conditionals = conditionals.select(index.expand(num_draws))
+    positions = stratified_positions((num_draws, num_proposals), conditionals.context)
     nodes = conditionals.proposal.place(positions)
     weights = conditionals.log_weights(nodes).softmax(-1)
     chosen = choose(weights.cumsum(-1))
     return nodes.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
 
 
-def inverse_of_trapezoids(conditionals: Conditionals) -> Tensor:
+def inverse_of_trapezoids(conditionals: Conditionals, num_draws: int) -> Tensor:
     """
     Draw by inverting the distribution function of the density, linear between grid points.
 
-    :param Conditionals conditionals: n densities.
-    :returns: shape ``(n,)``.
+    :param Conditionals conditionals: a density for each draw, or one for all.
+    :param int num_draws: draws.
+    :returns: shape ``(num_draws,)``.
     """
     grid = conditionals.proposal.grid()
     for _ in range(_HALVINGS):
@@ -82,7 +89,10 @@ def inverse_of_trapezoids(conditionals: Conditionals) -> Tensor:
     heights = (log_f - log_f.max(-1, keepdim=True).values).exp()
     steps = grid[:, 1:] - grid[:, :-1]
     masses = 0.5 * steps * (heights[:, 1:] + heights[:, :-1])
-    chosen = choose(masses.cumsum(-1)).unsqueeze(-1)
+    grid, heights, steps, cumulative = (
+        each.expand(num_draws, -1) for each in (grid, heights, steps, masses.cumsum(-1))
+    )
+    chosen = choose(cumulative).unsqueeze(-1)
     left, right = heights.gather(-1, chosen), heights.gather(-1, chosen + 1)
     # of the density a + (b - a) s on [0, 1], up to its integral, s has the quantile
     # v (a + b) / (a + sqrt(a^2 + v (b^2 - a^2)))
@@ -102,7 +112,8 @@ def choose(cumulative: Tensor) -> Tensor:
     """
     total = cumulative[:, -1:]
     uniform = torch.rand_like(cumulative[:, :1])
-    chosen = torch.searchsorted(cumulative, uniform * total, right=True).squeeze(-1)
+    places = (uniform * total).contiguous()
+    chosen = torch.searchsorted(cumulative.contiguous(), places, right=True).squeeze(-1)
     # where rounding puts the number at the very end, the last index that has mass
     last = (cumulative < total).sum(-1)
     chosen = torch.minimum(chosen, last)
