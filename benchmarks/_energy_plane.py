@@ -31,9 +31,9 @@ from pyro_ext.training import fit_density
 
 PACKAGES = ["torch", "pyro-ppl", "scikit-image"]
 NUM_TRAIN, NUM_TEST = 200_000, 2000
-NUM_CALIBRATED = 200
+NUM_CALIBRATED = 1000
 CELLS, NUM_DRAWN = 150, 50_000
-FIGURE = os.path.join(os.path.dirname(OUTPUT), "..", "docs", "images", "aem_plane.png")
+IMAGES = os.path.join(os.path.dirname(OUTPUT), "..", "docs", "images")
 SAMPLES = (10, 30, 100, 300, 1000, 3000)
 START_SEEDS, START_STEPS = 10, 400
 LARGEST_OPTIMISM = 0.2  # nats, above which the monitor warns
@@ -206,7 +206,7 @@ def draw_plane(densities: Sequence[str], seed: int) -> None:
         axes[0].set_ylabel(density.capitalize())
     for ax, title in zip(grid[0], columns, strict=True):
         ax.set_title(title, fontsize=9)
-    figure.savefig(FIGURE, dpi=130, pil_kwargs={"optimize": True})
+    figure.savefig(os.path.join(IMAGES, "aem_plane.png"), dpi=130, pil_kwargs={"optimize": True})
 
 
 def counted(points: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ def errors_of_normalizers(aem: AutoregressiveEnergyMachine, test: Tensor) -> Ten
 
 def calibration(args: argparse.Namespace) -> None:
     """Nash and Durkan 2019, figure 5: how errors of normalisers fall with the samples."""
-    rows = []
+    errors: dict[str, Tensor] = {}
     for density in args.densities:
         for seed in args.seeds:
             if not os.path.exists(weights_path(f"{density}_{seed}")):
@@ -314,15 +314,41 @@ def calibration(args: argparse.Namespace) -> None:
                 continue
             torch.manual_seed(seed)
             test = DENSITIES[density]().sample((NUM_CALIBRATED,))
-            rows += error_rows(density, errors_of_normalizers(load(density, seed), test))
-    if rows:
+            name = density if len(args.seeds) == 1 else f"{density}, seed {seed}"
+            errors[name] = errors_of_normalizers(load(density, seed), test)
+    if errors:
         how = f"{threads_in_words(1)}, {NUM_CALIBRATED:,} conditionals each"
+        rows = [error_row(name, each) for name, each in errors.items()]
         write_table("aem_calibration", rows, how, PACKAGES)
+        draw_calibration(errors)
 
 
-def error_rows(name: str, errors: Tensor) -> list[dict[str, str]]:
+def error_row(name: str, errors: Tensor) -> dict[str, str]:
     """Median and 95th percentile against the number of samples."""
     levels = torch.tensor([0.5, 0.95])
     columns = zip(SAMPLES, errors.quantile(levels, 1).T.tolist(), strict=True)
     texts = {f"{samples:,} samples": f"{a:.1e} ({b:.1e})" for samples, (a, b) in columns}
-    return [{"relative error of Z, median (95 %)": name, **texts}]
+    return {"relative error of Z, median (95 %)": name, **texts}
+
+
+def draw_calibration(errors: dict[str, Tensor]) -> None:
+    """Medians, with whiskers from the 5th to the 95th percentile."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context("pyro_ext.figures"):
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        ax = figure.subplots()
+        for place, (name, each) in enumerate(errors.items()):
+            low, middle, high = each.quantile(torch.tensor([0.05, 0.5, 0.95]), 1)
+            x = torch.tensor(SAMPLES) * 1.08 ** (place - 0.5 * (len(errors) - 1))  # side by side
+            whiskers = torch.stack([middle - low, high - middle])
+            ax.errorbar(x, middle, whiskers, fmt="o-", ms=3, lw=1.0, capsize=2, label=name)
+        start = float(torch.stack([each[0].median() for each in errors.values()]).mean())
+        samples = torch.tensor(SAMPLES, dtype=torch.float)
+        ax.plot(samples, start * SAMPLES[0] / samples, "k:", lw=1.0, label="one over samples")
+        ax.set(
+            xscale="log", yscale="log", xlabel="importance samples", ylabel="relative error of Z"
+        )
+        ax.legend()
+        figure.savefig(os.path.join(IMAGES, "aem_calibration.png"), dpi=130)
