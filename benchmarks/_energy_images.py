@@ -39,8 +39,8 @@ from pyro_ext.distributions import (
 )
 
 PACKAGES = ["torch", "pyro-ppl", "scikit-learn"]
-NUM_EXACT = 500
-NUM_DRAWS = 100
+NUM_EXACT = 360
+NUM_DRAWS, NUM_NODES = 50, 100
 COLUMNS = (
     "model",
     "parameters",
@@ -100,7 +100,7 @@ def scores(aem: AutoregressiveEnergyMachine, data: Data, validation: Tensor) -> 
     optimism = drawn[: len(few)] - exact
     thousand = aem().log_prob(few, num_importance_samples=1000).double()
     progress(f"  quadrature and estimates after {time.process_time() - start:.0f} s")
-    kernels = KernelDensityAEM(aem, num_nodes=NUM_DRAWS)
+    kernels = KernelDensityAEM(aem, num_nodes=NUM_NODES)
     kernels.fit(validation)
     smooth = kernels().log_prob(few).double()
     # what the estimates are wrong by, on the rows with quadrature, corrects them on all
@@ -219,7 +219,7 @@ def vae_run(seconds: float, steps: int) -> dict[str, Any]:
     done = fit_for(
         seconds, aem, data, batch=256, learning_rate=2e-3, steps=steps, loss=LOSS, **training
     )
-    kernels = KernelDensityAEM(aem.eval(), num_nodes=NUM_DRAWS)
+    kernels = KernelDensityAEM(aem.eval(), num_nodes=NUM_NODES)
     kernels.fit(held_out[:1000])
     torch.manual_seed(0)
     flow = NeuralSplineFlow(data.shape[1], transforms=5, hidden_features=64)
