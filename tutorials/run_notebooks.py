@@ -6,7 +6,7 @@
 
 With small numbers means that ``PYRO_EXT_SMOKE=1`` is set: a notebook reads it and draws a few
 samples instead of thousands. Each notebook then runs in a copy of its folder, so that nothing in
-the repository changes.
+the repository changes, and as many run at once as there are processors.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
@@ -54,6 +55,17 @@ def write(notebook: Path, timeout: float) -> None:
     nbformat.write(execute(notebook, notebook.parent, timeout), notebook)
 
 
+def attempt(notebook: Path, *, in_full: bool, timeout: float) -> tuple[bool, str]:
+    """Run ``notebook``; whether it worked, and a line about it."""
+    name = os.path.relpath(notebook, TUTORIALS.parent)
+    start = time.perf_counter()
+    try:
+        (write if in_full else smoke)(notebook, timeout)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        return False, f"FAILED {name} after {time.perf_counter() - start:.1f} s\n{error}"
+    return True, f"ok     {name} in {time.perf_counter() - start:.1f} s"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the tutorial notebooks.")
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: every notebook here")
@@ -72,21 +84,22 @@ def main() -> int:
 
     if arguments.write:
         os.environ.pop("PYRO_EXT_SMOKE", None)
-        run = write
+        jobs = 1  # some measure times
     else:
         os.environ["PYRO_EXT_SMOKE"] = "1"
-        run = smoke
+        jobs = min(os.cpu_count() or 1, len(notebooks))
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     failed = 0
-    for notebook in notebooks:
-        name = os.path.relpath(notebook, TUTORIALS.parent)
-        start = time.perf_counter()
-        try:
-            run(notebook, arguments.timeout)
-        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-            failed += 1
-            print(f"FAILED {name} after {time.perf_counter() - start:.1f} s\n{error}", flush=True)
-        else:
-            print(f"ok     {name} in {time.perf_counter() - start:.1f} s", flush=True)
+    with ProcessPoolExecutor(jobs) as executor:
+        runs = [
+            executor.submit(attempt, notebook, in_full=arguments.write, timeout=arguments.timeout)
+            for notebook in notebooks
+        ]
+        for run in as_completed(runs):
+            worked, line = run.result()
+            failed += not worked
+            print(line, flush=True)
     return 1 if failed else 0
 
 
