@@ -60,24 +60,21 @@ _PANELS = {
 CLASSIFIER_SEEDS = 2
 CALIBRATION_SIMULATIONS, CALIBRATION_RUNS, CALIBRATION_DRAWS = 5000, 400, 99
 
-_ONE_ROUND = (
-    "two_moons",
-    "gaussian_linear",
-    "queue",
-    "lotka_volterra_jump",
-    "lotka_volterra_sde_plausible",
-)
+_OTHERS = ("gaussian_linear", "queue", "lotka_volterra_jump", "lotka_volterra_sde_plausible")
 SUITE = [
-    *(
-        setting
-        for seed in range(3)
-        for setting in (
-            *(Setting(task, m, 10, 1, 2000, seed) for task in _ONE_ROUND for m in ("npe", "nre")),
-            *(Setting("slcp", m, 10, 5, 1000, seed) for m in ("nre", "npe")),
-        )
-    ),
+    *(Setting("two_moons", m, 10, 1, 2000, 0) for m in ("npe", "nre")),
+    *(Setting("slcp", m, 10, 5, 1000, 0) for m in ("nre", "npe")),
+    *(Setting("two_moons", m, 10, 1, 2000, s) for s in (1, 2) for m in ("nre", "npe")),
+    *(Setting(task, m, 10, 1, 2000, 0) for task in _OTHERS for m in ("npe", "nre")),
+    *(Setting("slcp", m, 10, 5, 1000, s) for m in ("nre", "npe") for s in (1, 2)),
     *(Setting(task, "nre", k, 1, 2000, 0) for task in ("two_moons", "queue") for k in (2, 100)),
     *(Setting(task, "nle", 10, 1, 2000, 0) for task in ("two_moons", "queue")),
+    *(
+        Setting(task, m, 10, 1, 2000, s)
+        for s in (1, 2)
+        for task in _OTHERS
+        for m in ("npe", "nre")
+    ),
 ]
 
 

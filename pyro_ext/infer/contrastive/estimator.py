@@ -199,8 +199,9 @@ class ContrastiveEstimator(nn.Module):
         Train on all simulations, from where the networks are.
 
         Location and scale of latents and observations are taken from the simulations of the
-        first fit. A part of the simulations is held out, and the weights that are best on it are
-        kept. See :func:`~pyro_ext.training.fit_density`, which does it.
+        first fit. A part of the simulations is held out, the same one in every fit, and the
+        weights that are best on it are kept. See :func:`~pyro_ext.training.fit_density`, which
+        does it.
 
         :param num_epochs: passes over the simulations at most; the step size falls to zero over
             them. When ``None``, as many as make :attr:`num_steps` steps, or half as many in
@@ -224,7 +225,8 @@ class ContrastiveEstimator(nn.Module):
                 f"validation_fraction={validation_fraction!r}: give a number between 0 and 1."
             )
         num = len(simulations.is_valid)
-        num_validation = max(1, round(validation_fraction * num))
+        is_held_out = _held_out(num, validation_fraction)
+        num_validation = int(is_held_out.sum())
         num_train = num - num_validation
         batch_size, num_epochs = self._batch_size_and_epochs(num_train, batch_size, num_epochs)
         if num_train < batch_size:
@@ -233,9 +235,6 @@ class ContrastiveEstimator(nn.Module):
                 f"for minibatches of batch_size={batch_size}. Simulate more, or make it smaller."
             )
         packed, flat = self._training_data(simulations)
-        # those of each round are at even distances, so that every part has its share of them
-        is_held_out = torch.zeros(num, dtype=torch.bool)
-        is_held_out[torch.linspace(0, num - 1, num_validation).round().long()] = True
         is_held_out = is_held_out.to(flat.device)
         steps_per_epoch = num_train // batch_size
         return fit_density(
@@ -408,6 +407,17 @@ def _loss(estimator: nn.Module, packed: Tensor, flat: Tensor | None) -> Tensor:
     if not isinstance(estimator, ContrastiveEstimator) or flat is None:
         raise TypeError("The loss is that of an estimator and its observations.")
     return estimator.loss(Batch.unpack(packed), flat)
+
+
+def _held_out(num: int, fraction: float) -> Tensor:
+    """
+    Which rows are held out: at even distances, so that every round has its share of them.
+
+    The same ones however many more there are: a row that networks were once trained on would
+    make them look better than they are.
+    """
+    before = (torch.arange(num + 1, dtype=torch.float64) * fraction).ceil()
+    return before.diff() > 0
 
 
 def _check_counts(**counts: int) -> None:

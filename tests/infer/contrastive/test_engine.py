@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from pyro_ext import MCMC, NeuralPosteriorEstimator, NeuralRatioEstimator, NeuralSplineFlow
 from pyro_ext.diagnostics import classifier_two_sample_test, simulation_based_calibration
 from pyro_ext.infer.contrastive import Simulations
+from pyro_ext.infer.contrastive import estimator as estimator_module
 from tests.infer.contrastive.problems import (
     ESTIMATORS,
     SMALL_FLOW,
@@ -263,6 +265,43 @@ def test_validation_holds_out_its_share_of_every_round() -> None:
     result = estimator.fit(num_epochs=2, batch_size=90)
     assert len(result.losses) == 2 * 3
     assert result.validation_steps.tolist() == [3, 6]
+
+
+def test_what_was_held_out_once_is_not_trained_on_in_further_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(flow: nn.Module, train: torch.Tensor, **settings: Any) -> None:
+        parts.append((train, settings["validation"][0]))
+
+    monkeypatch.setattr(estimator_module, "fit_density", record)
+    estimator = NeuralRatioEstimator(linear_gaussian, observed=["x"], hidden_features=16)
+    for num in (300, 107, 1):
+        estimator.simulate(num)
+        estimator.fit(batch_size=90, validation_fraction=0.15)
+    assert [len(held_out) for _, held_out in parts] == [45, 62, 62]
+    for (train, held_out), (later, later_held_out) in itertools.pairwise(parts):
+        assert torch.isin(held_out[:, 0], later_held_out[:, 0]).all()
+        assert torch.isin(train[:, 0], later[:, 0]).all()
+        assert not torch.isin(held_out[:, 0], later[:, 0]).any()
+
+
+def test_steps_of_a_fit_by_default() -> None:
+    estimator = make("posterior", linear_gaussian)
+    estimator.num_steps = 24
+    estimator.simulate(2000)
+    first = estimator.fit()
+    # ten minibatches of 180
+    assert len(first.losses) == 30
+    estimator.simulate(2000)
+    assert len(estimator.fit().losses) == 30
+    estimator.simulate(300, estimator.posterior(torch.zeros(2)))
+    assert len(estimator.fit().losses) == 20
+    few = make("ratio", linear_gaussian, num_atoms=120)
+    few.num_steps = 5
+    few.simulate(150)
+    assert len(few.fit().losses) == 5
 
 
 def test_single_precision(float32: None) -> None:
