@@ -1,17 +1,18 @@
 """Amortized population Gibbs: what it reaches on the mixtures of the paper, and what it costs.
 
-    python benchmarks/apg.py mixture   # table 1a of the paper, and kinds of resampling
-    python benchmarks/apg.py rings     # table 1b, and data sets of other sizes
-    python benchmarks/apg.py tracking  # figure 4: error against sweeps, digits and frames
-    python benchmarks/apg.py speed     # beside the same algorithm for this one model, without Pyro
-    python benchmarks/apg.py scaling   # against particles, sweeps, points and data sets
+    python benchmarks/apg.py mixture      # table 1a of the paper, and kinds of resampling
+    python benchmarks/apg.py calibration  # ranks of the truth among draws for the mixture
+    python benchmarks/apg.py rings        # table 1b, and data sets of other sizes
+    python benchmarks/apg.py tracking     # figure 4: error against sweeps, digits and frames
+    python benchmarks/apg.py speed        # beside the same algorithm for this one model, no Pyro
+    python benchmarks/apg.py scaling      # against particles, sweeps, points and data sets
 
 Claims: learned block updates are nearly the exact ones, so that sweeps bring the particles to the
 posterior where encoders alone fail (``mixture``, ``rings``, with the weights that ship with the
 tutorials). Generality costs nothing: a training iteration of
 ``pyro_ext.infer.APG`` on a Pyro model is no slower than the same algorithm written out for this
 model in plain PyTorch (``benchmarks/peers/apg_plain.py``), and the cost is at most linear in the
-number of particles, sweeps, points and data sets.
+number of particles, sweeps, points and data sets, and memory does not grow with the sweeps.
 
 The problems are those of Wu et al. 2020, sections 5.1 and 5.2, in single precision. ``speed`` and
 ``scaling`` use the mixture: 20 data sets of 60 points, 10 particles, 10 sweeps. Times are
@@ -23,10 +24,10 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -36,7 +37,9 @@ import pyro
 import torch
 from torch import Tensor
 
+from benchmarks import _apg_calibration
 from benchmarks._apg_tracking import tracking
+from benchmarks._memory import growth
 from benchmarks._report import progress, write_table
 from benchmarks._tutorials import load_siblings
 from benchmarks.peers.apg_plain import PlainAPG
@@ -45,7 +48,7 @@ from pyro_ext.infer import APG
 NAME = "apg"
 PACKAGES = ["torch", "pyro-ppl"]
 PAPER = {"num_sets": 20, "num_points": 60, "num_particles": 10, "num_sweeps": 10}
-SEEDS = (0,)  # of training
+SEEDS = (0, 1)  # of training
 NOTHING = "-"
 PARTS = ("all", "{mu, tau}", "{c}", "a point")
 
@@ -125,7 +128,7 @@ def scaling(repeats: int) -> None:
     rows = []
     what = {"num_particles": "L", "num_sweeps": "K", "num_points": "N", "num_sets": "B"}
     for key, letter in what.items():
-        row = {"varied": letter}
+        row, memory = {"varied": letter}, []
         base = 0.0
         for factor in (1, 2, 4):
             setting = {**PAPER, "num_sweeps": 5}
@@ -136,11 +139,11 @@ def scaling(repeats: int) -> None:
             cost = median(seconds({"": step}, x, repeats)[""])
             base = base or cost
             row[f"x {factor}"] = f"{1e3 * cost:.0f} ms ({cost / base:.1f})"
-        rows.append(row)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            memory.append(f"{growth(partial(step, x), 'cpu') / 1e6:.1f}")
+        rows.append(row | {"memory, MB": ", ".join(memory)})
     how = (
         "processor time of one iteration on one thread (and relative to the first), from L = 10, "
-        f"K = 5, N = 60, B = 20; largest memory of the process in all {peak:.0f} MB"
+        "K = 5, N = 60, B = 20, and by how much the memory in use grows in one"
     )
     write_table(f"{NAME}_scaling", rows, how, PACKAGES)
 
@@ -228,6 +231,15 @@ def _resampling(proposals: Any, x: Tensor, truth: Tensor) -> None:
     write_table(f"{NAME}_resampling", rows, how, PACKAGES)
 
 
+def calibration(num_sets: int) -> None:
+    """Of learned and of exact updates, which have the same encoder."""
+    parts = {f"learned, seed {seed}": TRAIN.load(MODEL.Proposals(), seed) for seed in SEEDS} | {
+        "exact": TRAIN.load(MODEL.ExactProposals())
+    }
+    samplers = {name: TRAIN.make_sampler(proposals) for name, proposals in parts.items()}
+    _apg_calibration.write(MODEL, samplers, num_sets)
+
+
 def rings(num_sets: int) -> None:
     """Table 1b: the decoder is learned, too; data sets of 200 points, and of other sizes."""
     model, train = load_siblings("apg_rings", "model", "train")
@@ -270,6 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = {
         "mixture": mixture,
+        "calibration": calibration,
         "rings": rings,
         "tracking": tracking,
         "speed": speed,

@@ -26,7 +26,7 @@ def figures() -> ModuleType:
     return module
 
 
-@pytest.fixture(params=[0], ids=["seed 0"])
+@pytest.fixture(params=[0, 1], ids=["seed 0", "seed 1"])
 def learned(float32: None, request: pytest.FixtureRequest) -> torch.nn.Module:
     """The proposals that ship with the tutorial, trained twice."""
     return TRAIN.load(MODEL.Proposals(), request.param)
