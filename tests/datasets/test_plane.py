@@ -47,24 +47,19 @@ def case(request: pytest.FixtureRequest) -> tuple[dist.TorchDistribution, float]
 
 
 @pytest.mark.parametrize("name", WITH_QUADRATURE)
-def test_densities_integrate_to_one(name: str) -> None:
-    """Midpoints converge fast where a density is smooth; edges of squares lie on cell edges."""
-    make, half_width = DENSITIES[name]
-    density = make()
-    points, area = cells(half_width, 160)
-    mass = float(density.log_prob(points).exp().sum()) * area
-    assert mass == pytest.approx(1.0, abs=1e-6)
+def test_densities_integrate_to_one_and_draws_follow_them(name: str) -> None:
+    """
+    Chi-square of the counts in squares, whose probabilities come from quadrature.
 
-
-@pytest.mark.parametrize("name", WITH_QUADRATURE)
-def test_draws_follow_the_density(name: str) -> None:
-    """Chi-square of the counts in squares, whose probabilities come from quadrature."""
+    Midpoints converge fast where a density is smooth; edges of squares lie on cell edges.
+    """
     make, half_width = DENSITIES[name]
     density = make()
     fine, coarse, num_draws = 160, 20, 20_000
     points, area = cells(half_width, fine)
     per_side = fine // coarse
     mass = density.log_prob(points).exp().reshape(coarse, per_side, coarse, per_side) * area
+    assert float(mass.sum()) == pytest.approx(1.0, abs=1e-6)
     expected = num_draws * mass.sum((1, 3)).flatten()
     draws = density.sample((num_draws,))
     inside = draws[(draws.abs() < half_width).all(-1)]
