@@ -15,7 +15,7 @@ from pyro_ext.ops.resampling import multinomial, take_particles
 
 NUM_DRAWS = 31
 NUM_PARTICLES = 10
-SWEEPS = (5, 10, 31, 100)
+SWEEPS = (5, 10, 31)
 
 Latents = dict[str, Tensor]
 

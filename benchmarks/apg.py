@@ -233,8 +233,9 @@ def _resampling(proposals: Any, x: Tensor, truth: Tensor) -> None:
 
 def calibration(num_sets: int) -> None:
     """Of learned and of exact updates, which have the same encoder."""
-    parts = {f"learned, seed {seed}": TRAIN.load(MODEL.Proposals(), seed) for seed in SEEDS} | {
-        "exact": TRAIN.load(MODEL.ExactProposals())
+    parts = {
+        "learned": TRAIN.load(MODEL.Proposals()),
+        "exact": TRAIN.load(MODEL.ExactProposals()),
     }
     samplers = {name: TRAIN.make_sampler(proposals) for name, proposals in parts.items()}
     _apg_calibration.write(MODEL, samplers, num_sets)
