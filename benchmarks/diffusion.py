@@ -7,9 +7,11 @@ of its batch.
     python benchmarks/diffusion.py cost      # of log_prob, against dimension and tolerance
     python benchmarks/diffusion.py stalling  # one value far out in a batch
     python benchmarks/diffusion.py ffjord    # training beside zuko's continuous flow
+    python benchmarks/diffusion.py roughness # what fine errors of the score cost
     python benchmarks/diffusion.py draws     # distance to the truth against evaluations
     python benchmarks/diffusion.py plane     # four densities in the plane, beside the truth
     python benchmarks/diffusion.py ablation  # digits: weighting, importance sampling, dequantising
+    python benchmarks/diffusion.py images    # patches and digits, beside spline flows and AEM
 
 Times are processor time with one thread, which other programs on the machine spoil least. Gaps
 are means of true minus learned log-density over test points, in nats. Finished runs are kept in
@@ -19,7 +21,6 @@ are means of true minus learned log-density over test points, in nats. Finished 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -31,72 +32,25 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, Normal
 
-from benchmarks._report import OUTPUT, progress, threads_in_words, write_table
-from pyro_ext.datasets import Checkerboard, Rings, RotatedGrid, TwoSpirals, digits
-from pyro_ext.distributions import (
-    DequantizedFlow,
-    NeuralSplineFlow,
-    ScoreFlow,
-    UniformDequantization,
-    VariationalDequantization,
-    bits_per_dimension,
+from benchmarks._diffusion import (
+    BATCH,
+    DENSITIES,
+    NUM_TEST,
+    NUM_TRAIN,
+    PACKAGES,
+    kept,
+    spent,
+    standard_error,
+    trained,
 )
-from pyro_ext.distributions.diffusion import (
-    VPSDE,
-    OdeSettings,
-    SubVPSDE,
-    dequantized_training_loss,
-)
-from pyro_ext.training import fit_density
-
-PACKAGES = ["torch", "pyro-ppl", "torchdiffeq"]
-BATCH, NUM_TRAIN, NUM_TEST = 256, 200_000, 2000
-DENSITIES: dict[str, Callable[[], TorchDistribution]] = {
-    "grid": RotatedGrid,
-    "checkerboard": Checkerboard,
-    "spirals": TwoSpirals,
-    "rings": Rings,
-}
-
-
-def spent(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What a function returns, and the processor time it took."""
-    start = time.process_time()
-    result = function()
-    return result, time.process_time() - start
-
-
-def kept(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a run, from its file or else by running."""
-    path = os.path.join(OUTPUT, f"diffusion_{name}.json")
-    if os.path.exists(path):
-        with open(path) as file:
-            return json.load(file)
-    progress(name)
-    result = run()
-    progress(f"  {result}")
-    os.makedirs(OUTPUT, exist_ok=True)
-    with open(path, "w") as file:
-        json.dump(result, file)
-    return result
-
-
-def trained(data: Tensor, steps: int, flow: ScoreFlow, learning_rate: float = 5e-3) -> ScoreFlow:
-    fit_density(
-        flow,
-        data,
-        loss=ScoreFlow.training_loss,
-        num_steps=steps,
-        batch_size=BATCH,
-        learning_rate=learning_rate,
-        ema_decay=0.998,
-        progress=False,
-    )
-    return flow.eval()
+from benchmarks._diffusion_images import ablation, images
+from benchmarks._diffusion_plane import plane
+from benchmarks._report import threads_in_words, write_table
+from pyro_ext.distributions import ScoreFlow
+from pyro_ext.distributions.diffusion import VPSDE
 
 
 def modes(dimension: int) -> Distribution:
@@ -225,7 +179,7 @@ def ffjord(args: argparse.Namespace) -> None:
                     "steps": steps,
                     "ms": 1e3 * seconds / steps,
                     "gap": float(gap.mean()),
-                    "error": float(gap.std()) / math.sqrt(len(gap)),
+                    "error": standard_error(gap),
                     "parameters": sum(p.numel() for p in module.parameters()),
                 }
             return result
@@ -247,6 +201,48 @@ def ffjord(args: argparse.Namespace) -> None:
             )
     how = f"{threads_in_words(1)}, {args.seconds:g} s of training each, batches of {BATCH}"
     write_table("diffusion_ffjord", rows, how, [*PACKAGES, "zuko"])
+
+
+# -- rough errors ---------------------------------------------------------------------------------
+
+
+class Wavy(nn.Module):
+    """The score of standard normal data, and a wave on top of it around one noise level."""
+
+    def __init__(self, sde: VPSDE, noise: float, wave: float) -> None:
+        super().__init__()
+        self.sde, self.noise, self.wave = sde, noise, wave
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        std = self.sde.std(t)
+        size = 0.2 * (-0.5 * (2 * (std / self.noise).log()).square()).exp()
+        return -x + (size / std).unsqueeze(-1) * (self.wave * x).cos()
+
+
+def roughness(args: argparse.Namespace) -> None:
+    """What errors of one size cost the density of the flow, and the bound, by their wavelength."""
+    rows = []
+    sde = VPSDE(start=1e-4)
+    for noise in (0.1, 0.4):
+        for ratio in (0.1, 0.3, 1.0, 3.0, 10.0):
+            torch.manual_seed(0)
+            flow = ScoreFlow(2, Wavy(sde, noise, ratio / noise), sde=sde, parametrization="score")
+            x = torch.randn(NUM_TEST, 2)
+            truth = Normal(0.0, 1.0).log_prob(x).sum(-1)
+            with torch.no_grad():
+                gap = truth[:500] - flow().log_prob(x[:500])
+                bound = truth - flow().elbo(x, 200).value
+            rows.append(
+                {
+                    "noise": f"{noise:g}",
+                    "waves, radians over the noise": f"{ratio:g}",
+                    "gap of log_prob": f"{float(gap.mean()):.3f}",
+                    "standard error": f"{standard_error(gap):.3f}",
+                    "gap of elbo": f"{float(bound.mean()):.3f}",
+                    "its standard error": f"{standard_error(bound):.3f}",
+                }
+            )
+    write_table("diffusion_roughness", rows, f"{NUM_TEST} values", PACKAGES)
 
 
 # -- draws ----------------------------------------------------------------------------------------
@@ -295,176 +291,15 @@ def draws(args: argparse.Namespace) -> None:
     write_table("diffusion_draws", rows, f"{threads_in_words(1)}, 4,000 draws", PACKAGES)
 
 
-# -- the plane ------------------------------------------------------------------------------------
-
-
-def plane(args: argparse.Namespace) -> None:
-    rows = []
-    for density in args.densities or DENSITIES:
-
-        def run(density: str = density) -> dict[str, Any]:
-            torch.manual_seed(0)
-            truth = DENSITIES[density]()
-            data, test = truth.sample((NUM_TRAIN,)), truth.sample((NUM_TEST,))
-            frequencies = 128 if density == "grid" else 32
-            flow = ScoreFlow(
-                2,
-                hidden_features=args.hidden,
-                frequencies=frequencies,
-                sde=VPSDE(start=1e-4),
-            )
-            steps = args.steps or 6000
-            _, seconds = spent(lambda: trained(data, steps, flow))
-            with torch.no_grad():
-                found = flow().density(test)
-                bound = flow().elbo(test, 50)
-            expected = truth.log_prob(test)
-            gap = expected - found.log_prob
-            return {
-                "steps": steps,
-                "seconds": seconds,
-                "gap": float(gap.mean()),
-                "error": float(gap.std()) / math.sqrt(len(gap)),
-                "bound": float((expected - bound.value).mean()),
-                "evaluations": float(found.num_evaluations.double().mean()),
-                "parameters": sum(p.numel() for p in flow.parameters()),
-            }
-
-        result = kept(f"plane_{density}_{args.hidden}_{args.steps or 6000}", run)
-        rows.append(
-            {
-                "density": density,
-                "parameters": f"{result['parameters']:,}",
-                "steps": f"{result['steps']:,}",
-                "CPU s": f"{result['seconds']:.0f}",
-                "gap of log_prob": f"{result['gap']:.3f}",
-                "standard error": f"{result['error']:.3f}",
-                "gap of elbo": f"{result['bound']:.3f}",
-                "evaluations": f"{result['evaluations']:.0f}",
-            }
-        )
-    how = f"{threads_in_words(1)}, {args.hidden} hidden units, batches of {BATCH}"
-    write_table("diffusion_plane", rows, how, PACKAGES)
-
-
-# -- table 2, on digits ---------------------------------------------------------------------------
-
-
-def dequantized(sde: str, is_variational: bool) -> DequantizedFlow:
-    diffusion = VPSDE(start=1e-3) if sde == "VP" else SubVPSDE(start=1e-2)
-    flow = ScoreFlow(
-        (1, 8, 8),
-        hidden_features=16,
-        sde=diffusion,
-        ode=OdeSettings(rtol=1e-3, atol=1e-3, trace="hutchinson"),
-    )
-    if not is_variational:
-        return DequantizedFlow(flow, UniformDequantization(17))
-    noise = NeuralSplineFlow(
-        64, context_features=64, transforms=2, hidden_features=64, bins=4, dropout=0.1
-    )
-    return DequantizedFlow(flow, VariationalDequantization(noise, 17))
-
-
-def digit_run(
-    sde: str, weighting: str, importance_sampling: bool, is_variational: bool, steps: int
-) -> dict[str, Any]:
-    torch.manual_seed(0)
-    data = digits(fractions=(0.8, 0.05, 0.15))
-    train, test = data.train.float(), data.test.float()
-    model = dequantized(sde, is_variational)
-    flow = model.flow
-
-    def loss(module: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
-        if is_variational:
-            return dequantized_training_loss(model, x)
-        with torch.no_grad():
-            values = model().dequantize(x)[0][0]
-        return flow.training_loss(
-            values, weighting=weighting, importance_sampling=importance_sampling
-        )
-
-    result, seconds = spent(
-        lambda: fit_density(
-            model,
-            train,
-            loss=loss,
-            num_steps=steps,
-            batch_size=64,
-            learning_rate=2e-3,
-            ema_decay=0.998,
-            progress=False,
-        )
-    )
-    model.eval()
-    with torch.no_grad():
-        values, log_density = model().dequantize(test, num_samples=1)
-        bound = flow().elbo(values[0], 50).value - log_density[0] - 64 * math.log(17)
-        nll = model().log_prob(test)
-    last = result.losses[-steps // 10 :]
-    return {
-        "bound": float(-bound.mean()),
-        "nll": float(-nll.mean()),
-        "error": float(nll.std()) / math.sqrt(len(nll)),
-        "loss sd": float(last.std()),
-        "seconds": seconds,
-    }
-
-
-def ablation(args: argparse.Namespace) -> None:
-    rows = []
-    steps = args.steps or 1500
-    settings = {
-        "baseline": ("original", False),
-        "+ LW": ("likelihood", False),
-        "+ LW + IS": ("likelihood", True),
-    }
-    for sde in ("VP", "subVP"):
-        for name, (weighting, importance_sampling) in settings.items():
-            for is_variational in (False, True):
-                if is_variational and not importance_sampling:
-                    continue  # noise is learned through the bound, whose weighting is given
-
-                def run(
-                    sde: str = sde,
-                    weighting: str = weighting,
-                    choice: bool = importance_sampling,
-                    is_variational: bool = is_variational,
-                ) -> dict[str, Any]:
-                    return digit_run(sde, weighting, choice, is_variational, steps)
-
-                kind = "variational" if is_variational else "uniform"
-                key = f"digits_{sde}_{weighting}_{importance_sampling}_{kind}_{steps}"
-                result = kept(key, run)
-                bits = {
-                    key: float(bits_per_dimension(torch.tensor(-result[key]), 64))
-                    for key in ("nll", "bound")
-                }
-                rows.append(
-                    {
-                        "model": name,
-                        "SDE": sde,
-                        "dequantised": kind,
-                        "NLL, nats": f"{result['nll']:.1f}",
-                        "bound, nats": f"{result['bound']:.1f}",
-                        "standard error": f"{result['error']:.1f}",
-                        "NLL, bits/dim": f"{bits['nll']:.3f}",
-                        "bound, bits/dim": f"{bits['bound']:.3f}",
-                        "sd of the loss": f"{result['loss sd']:.1f}",
-                        "CPU s": f"{result['seconds']:.0f}",
-                    }
-                )
-    how = f"{threads_in_words(1)}, {steps} steps of 64 digits"
-    write_table("diffusion_ablation", rows, how, PACKAGES)
-
-
 PARTS = {
     "cost": cost,
     "stalling": stalling,
     "ffjord": ffjord,
+    "roughness": roughness,
     "draws": draws,
     "plane": plane,
     "ablation": ablation,
+    "images": images,
 }
 
 
@@ -472,7 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=PARTS, nargs="?", help="default: all")
     parser.add_argument("--densities", nargs="+", choices=DENSITIES)
-    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, for ffjord")
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from .block import check_settings
 from .residual import ResidualNetwork
 
 __all__ = ["ScoreNetwork", "TimeEmbedding"]
+
+_FINEST = 4.0  # radians over the noise at which waves fade
 
 
 class TimeEmbedding(nn.Module):
@@ -57,7 +60,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ScoreNetwork(nn.Module):
-    """
+    r"""
     A fully connected residual network of vectors and time.
 
     Time, and the context if there is one, gate the blocks of a
@@ -69,10 +72,15 @@ class ScoreNetwork(nn.Module):
     :param int context_features: size of a context, 0 for none.
     :param int residual_blocks: number of blocks, each of two layers.
     :param int time_features: size of the features of time.
-    :param int frequencies: waves in random directions that are put next to the data, for
-        densities with fine structure (Tancik et al. 2020); 128, say.
-    :param float max_frequency: the largest of their frequencies, in radians for each unit of
-        the data; the smallest is 1.
+    :param int frequencies: waves that are put next to the data, for densities with fine
+        structure in few dimensions (Tancik et al. 2020); 128, say. They start in random
+        directions and are trained like all weights; time and context fade them.
+    :param float max_frequency: the largest of their frequencies at the start, in radians for
+        each unit of the data; the smallest is 1.
+    :param noise_level: the standard deviation of the noise in x at times t. Waves k are multiplied
+        by :math:`\exp(-\tfrac12 (|k| \sigma / 4)^2)` then: what is finer than the noise can only
+        be an error, which costs little in training, and much in the density of a flow that
+        follows the output.
     :param float dropout: probability of dropping an input of the second layer of a block.
     :raises ValueError: if a size is too small.
 
@@ -81,8 +89,6 @@ class ScoreNetwork(nn.Module):
     >>> network(torch.randn(10, 3), torch.rand(10), torch.randn(10, 2)).abs().max()
     tensor(0., grad_fn=<MaxBackward1>)
     """
-
-    waves: Tensor
 
     def __init__(
         self,
@@ -93,7 +99,8 @@ class ScoreNetwork(nn.Module):
         residual_blocks: int = 3,
         time_features: int = 32,
         frequencies: int = 0,
-        max_frequency: float = 40.0,
+        max_frequency: float = 50.0,
+        noise_level: Callable[[Tensor], Tensor] | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -105,11 +112,15 @@ class ScoreNetwork(nn.Module):
             frequencies=(frequencies, 0),
         )
         self.context_features = context_features
-        directions = normalize(torch.randn(features, frequencies), dim=0)
-        lengths = max_frequency ** torch.linspace(0, 1, frequencies)
-        self.register_buffer("waves", directions * lengths)
+        self.noise_level = noise_level
         self.time = TimeEmbedding(time_features)
         condition = time_features + context_features
+        self.waves: nn.Parameter | None = None
+        self.wave_gates: nn.Linear | None = None
+        if frequencies:
+            directions = normalize(torch.randn(features, frequencies), dim=0)
+            self.waves = nn.Parameter(directions * torch.linspace(1, max_frequency, frequencies))
+            self.wave_gates = nn.Linear(condition, frequencies)
         self.body = ResidualNetwork(
             features + 2 * frequencies,
             hidden_features,
@@ -136,8 +147,11 @@ class ScoreNetwork(nn.Module):
         condition = silu(self.time(t))
         if context is not None:
             condition = torch.cat([condition, context], -1)
-        if self.waves.numel():
-            angles = x @ self.waves
-            x = torch.cat([x, angles.sin(), angles.cos()], -1)
+        if self.waves is not None and self.wave_gates is not None:
+            angles, gates = x @ self.waves, self.wave_gates(condition).sigmoid()
+            if self.noise_level is not None:
+                ratios = self.noise_level(t).unsqueeze(-1) * self.waves.norm(dim=0)
+                gates = gates * (-0.5 * (ratios / _FINEST).square()).exp()
+            x = torch.cat([x, gates * angles.sin(), gates * angles.cos()], -1)
         hidden = silu(self.body(x, condition))
         return self.output(hidden * (1 + self.gain(condition)))

@@ -38,6 +38,47 @@ def test_vectors(context_features: int) -> None:
         assert not torch.equal(output, network(x, t, context + 1))
 
 
+def test_waves_are_trained_and_fade_with_time() -> None:
+    network = ScoreNetwork(2, 16, frequencies=4, max_frequency=10.0)
+    assert network.waves is not None
+    assert network.wave_gates is not None
+    lengths = network.waves.detach().norm(dim=0)
+    torch.testing.assert_close(lengths, torch.tensor([1.0, 4.0, 7.0, 10.0]))
+    _randomize(network)
+    x, t = torch.randn(5, 2), torch.rand(5)
+    network(x, t).square().sum().backward()
+    for parameter in (network.waves, network.wave_gates.weight):
+        assert parameter.grad is not None
+        assert bool((parameter.grad.abs().sum(0) > 0).all())
+    with torch.no_grad():
+        before = network(x, t)
+        network.waves.mul_(2)
+        assert not torch.equal(network(x, t), before)
+        network.wave_gates.weight.zero_()
+        network.wave_gates.bias.fill_(-1000.0)
+        faded = network(x, t)
+        network.waves.mul_(2)
+        torch.testing.assert_close(network(x, t), faded)
+    assert ScoreNetwork(2).waves is None
+
+
+def test_waves_that_are_finer_than_the_noise_fade() -> None:
+    network = ScoreNetwork(
+        2, 16, frequencies=3, max_frequency=9.0, noise_level=lambda t: 8 * t, residual_blocks=1
+    )
+    _randomize(network)
+    x = torch.randn(5, 2)
+    assert network.waves is not None
+    with torch.no_grad():
+        network.waves.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 9.0, 9.0]]))
+        quiet, noisy = (network(x, torch.full((5,), t)) for t in (0.0, 1.0))
+        network.waves[:, 1:].mul_(2)
+        assert not torch.allclose(network(x, torch.zeros(5)), quiet)
+        torch.testing.assert_close(network(x, torch.ones(5)), noisy, rtol=1e-9, atol=1e-9)
+        network.waves[:, 0].mul_(2)
+        assert not torch.allclose(network(x, torch.ones(5)), noisy)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("residual_blocks", [1, 2])
 def test_images(shape: tuple[int, ...], residual_blocks: int) -> None:

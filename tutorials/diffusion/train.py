@@ -36,7 +36,7 @@ def build() -> ScoreFlow:
     return ScoreFlow(
         2,
         hidden_features=64,
-        frequencies=32,
+        frequencies=64,
         sde=VPSDE(start=1e-4),
         ode=OdeSettings(rtol=1e-4, atol=1e-4),
     )
@@ -56,7 +56,7 @@ def main() -> None:
         loss=ScoreFlow.training_loss,
         num_steps=arguments.steps,
         batch_size=256,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         ema_decay=0.998,
         progress=False,
     )

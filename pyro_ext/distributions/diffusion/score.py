@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from .sde import SDE
 
-__all__ = ["PARAMETRIZATIONS", "Score", "check_finite", "column", "evaluate_score", "row_numbers"]
+__all__ = [
+    "PARAMETRIZATIONS",
+    "NoiseLevel",
+    "Score",
+    "check_finite",
+    "column",
+    "evaluate_score",
+    "row_numbers",
+]
 
 PARAMETRIZATIONS = ("velocity", "noise", "score")
 
@@ -26,6 +34,31 @@ class Score(Protocol):
         :param Tensor rows: the numbers of the rows among those of the context, shape ``(n,)``.
         :returns: shape ``(n,) + event_shape``.
         """
+
+
+class NoiseLevel:
+    """
+    Standard deviation of the noise in what a network reads, as a function of its time.
+
+    :param SDE sde: the diffusion.
+    :param str parametrization: see :func:`evaluate_score`.
+    """
+
+    def __init__(self, sde: SDE, parametrization: str) -> None:
+        self.sde, self.parametrization = sde, parametrization
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """
+        Evaluate.
+
+        :param Tensor t: times as the network is given them.
+        :returns: of the same shape.
+        """
+        if self.parametrization != "velocity":
+            return self.sde.std(t)
+        t = self.sde.time(t)
+        std, mean_factor = self.sde.std(t), self.sde.mean_factor(t)
+        return std * (std.square() + mean_factor.square()).rsqrt()
 
 
 def evaluate_score(

@@ -11,7 +11,7 @@ from ...nn import ScoreNetwork, UNet
 from ..flow import check_precision
 from .bound import training_errors
 from .distribution import ScoreFlowDistribution, check_data
-from .score import PARAMETRIZATIONS, Score, evaluate_score
+from .score import PARAMETRIZATIONS, NoiseLevel, Score, evaluate_score
 from .sde import SDE, make_sde
 from .settings import OdeSettings, check_settings, check_whole
 
@@ -54,7 +54,7 @@ class ScoreFlow(nn.Module):
     :param int hidden_features: of the default network: size of hidden layers, or channels.
     :param int residual_blocks: of the default network: blocks, or blocks for each resolution.
     :param int frequencies: of the default network for vectors: waves that are put next to the
-        data, for densities with fine structure; 128, say.
+        data, for densities with fine structure in few dimensions; 128, say.
     :param float dropout: of the default network.
     :param OdeSettings ode: how densities and draws are computed.
     :raises ValueError: if an argument is out of range.
@@ -243,6 +243,7 @@ class ScoreFlow(nn.Module):
                 context_features=context_features,
                 residual_blocks=3 if blocks is None else blocks,
                 frequencies=frequencies,
+                noise_level=NoiseLevel(self.sde, self.parametrization),
                 dropout=dropout,
             )
         return UNet(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyro_ext.distributions import ScoreFlow
 from pyro_ext.distributions.diffusion import SDE, VPSDE, OdeSettings
-from tests.distributions.diffusion.problems import FADED, Mixture, known_flow
+from pyro_ext.distributions.diffusion.score import NoiseLevel
+from tests.distributions.diffusion.problems import FADED, SDES, Mixture, known_flow
 from tests.statistics import assert_moments
 
 FAST = OdeSettings(solver="euler", num_steps=3)
@@ -281,3 +282,24 @@ def test_both_parametrizations_of_the_noise_agree() -> None:
     for name, network in {"noise": Noise(), "velocity": Velocity()}.items():
         flow = ScoreFlow(2, network, sde=sde, parametrization=name)
         torch.testing.assert_close(flow().score(x, t), expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve"])
+@pytest.mark.parametrize("parametrization", ["velocity", "noise"])
+def test_the_noise_in_what_a_network_reads(name: str, parametrization: str) -> None:
+    sde = SDES[name]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+            seen.append((x, t))
+            return 0 * x
+
+    flow = ScoreFlow(1, Spy(), sde=sde, parametrization=parametrization)
+    noise = torch.randn(20, 1)
+    for t in (sde.start, 0.3, 1.0):
+        times = torch.full((len(noise),), t)
+        flow.score_of(None)(sde.std(times)[:, None] * noise, times, torch.arange(len(noise)))
+        x, time = seen[-1]
+        expected = NoiseLevel(sde, parametrization)(time) * noise[:, 0]
+        torch.testing.assert_close(x[:, 0], expected)

@@ -15,9 +15,9 @@ from tests.distributions.diffusion.problems import FADED, MIXTURE, SDES, Mixture
 from tests.statistics import assert_distribution, assert_moments
 
 METHODS: dict[str, dict[str, Any]] = {
-    "ode": {"solver": "rk4", "num_steps": 60},
-    "euler_maruyama": {"num_steps": 500},
-    "predictor_corrector": {"num_steps": 200},
+    "ode": {"solver": "rk4", "num_steps": 30},
+    "euler_maruyama": {"num_steps": 300},
+    "predictor_corrector": {"num_steps": 120},
 }
 
 
@@ -68,7 +68,7 @@ def test_denoising_takes_the_noise_of_the_first_time_away() -> None:
 def test_gradients_of_draws_reach_the_parameters() -> None:
     """The same by the adjoint equation, by the steps of a solver, and by differences."""
     unit = Mixture(torch.ones(1), torch.zeros(1, 2), 0.3 * torch.eye(2)[None])
-    flow = known_flow(unit, VPSDE(start=1e-3), factor=0.9)
+    flow = known_flow(unit, VPSDE(start=1e-2), factor=0.9)
     factor = flow.score_net.get_parameter("factor")
     noise = torch.randn(3, 2)
     gradients = []
@@ -88,7 +88,7 @@ def test_gradients_of_draws_reach_the_parameters() -> None:
 
 def test_gradients_of_log_prob_reach_the_parameters() -> None:
     unit = Mixture(torch.ones(1), torch.zeros(1, 2), 0.3 * torch.eye(2)[None])
-    flow = known_flow(unit, VPSDE(start=1e-3), factor=0.9)
+    flow = known_flow(unit, VPSDE(start=1e-2), factor=0.9)
     factor = flow.score_net.get_parameter("factor")
     x = torch.randn(3, 2)
     gradients = []

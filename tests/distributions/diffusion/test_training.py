@@ -150,7 +150,7 @@ def test_training_comes_close_to_the_density() -> None:
     data = MIXTURE.density()
     torch.manual_seed(0)
     flow = ScoreFlow(2, hidden_features=32, residual_blocks=1, sde=VPSDE(start=1e-4))
-    settings = {"num_steps": 800, "batch_size": 128, "learning_rate": 1e-2, "progress": False}
+    settings = {"num_steps": 500, "batch_size": 128, "learning_rate": 1e-2, "progress": False}
     result = fit_density(
         flow, data.sample((20_000,)), loss=ScoreFlow.training_loss, ema_decay=0.99, **settings
     )
@@ -175,7 +175,7 @@ def test_context_is_learned() -> None:
     context = torch.randn(5000, 1)
     x = 2 * context + 0.5 * torch.randn(5000, 1)
     flow = ScoreFlow(1, hidden_features=32, residual_blocks=1, context_features=1)
-    settings = {"num_steps": 500, "batch_size": 128, "learning_rate": 1e-2, "progress": False}
+    settings = {"num_steps": 300, "batch_size": 128, "learning_rate": 1e-2, "progress": False}
     fit_density(flow, x, context=context, loss=ScoreFlow.training_loss, **settings)
     contexts = torch.tensor([[-1.0], [0.0], [1.0]])
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_probabilities_of_integers_sum_to_one() -> None:
         model,
         x,
         loss=lambda model, x, context: dequantized_training_loss(model, x),
-        num_steps=400,
+        num_steps=250,
         batch_size=128,
         learning_rate=1e-2,
         progress=False,
