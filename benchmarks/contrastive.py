@@ -60,19 +60,22 @@ _PANELS = {
 CLASSIFIER_SEEDS = 2
 CALIBRATION_SIMULATIONS, CALIBRATION_RUNS, CALIBRATION_DRAWS = 5000, 400, 99
 
-_OTHERS = ("gaussian_linear", "queue", "lotka_volterra_jump", "lotka_volterra_sde_plausible")
+_OTHERS = ("queue", "lotka_volterra_jump", "lotka_volterra_sde_plausible")
 SUITE = [
     *(Setting("two_moons", m, 10, 1, 2000, 0) for m in ("npe", "nre")),
-    *(Setting("slcp", m, 10, 5, 1000, 0) for m in ("nre", "npe")),
-    *(Setting("two_moons", m, 10, 1, 2000, s) for s in (1, 2) for m in ("nre", "npe")),
+    Setting("slcp", "nre", 10, 5, 1000, 0),
+    *(Setting("gaussian_linear", m, 10, 1, 2000, 0) for m in ("npe", "nre")),
+    *(Setting("two_moons", "nre", 10, 1, 2000, s) for s in (1, 2)),
+    Setting("slcp", "npe", 10, 5, 1000, 0),
+    *(Setting("two_moons", "npe", 10, 1, 2000, s) for s in (1, 2)),
     *(Setting(task, m, 10, 1, 2000, 0) for task in _OTHERS for m in ("npe", "nre")),
-    *(Setting("slcp", m, 10, 5, 1000, s) for m in ("nre", "npe") for s in (1, 2)),
     *(Setting(task, "nre", k, 1, 2000, 0) for task in ("two_moons", "queue") for k in (2, 100)),
+    *(Setting("slcp", m, 10, 5, 1000, s) for m in ("nre", "npe") for s in (1, 2)),
     *(Setting(task, "nle", 10, 1, 2000, 0) for task in ("two_moons", "queue")),
     *(
         Setting(task, m, 10, 1, 2000, s)
         for s in (1, 2)
-        for task in _OTHERS
+        for task in ("gaussian_linear", *_OTHERS)
         for m in ("npe", "nre")
     ),
 ]

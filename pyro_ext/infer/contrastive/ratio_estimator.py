@@ -51,7 +51,6 @@ class NeuralRatioEstimator(ContrastiveEstimator):
     torch.Size([10])
     """
 
-    num_steps = 540
     num_minibatches = 20
 
     def __init__(

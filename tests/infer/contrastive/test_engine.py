@@ -71,7 +71,7 @@ def test_calibration_on_linear_gaussian(kind: str) -> None:
     estimator.simulate(2000)
     estimator.fit(num_epochs=15)
     options: dict[str, Any] = (
-        {"method": "importance", "num_draws": 4000} if kind == "ratio" else {}
+        {"method": "importance", "num_draws": 2000} if kind == "ratio" else {}
     )
     result = simulation_based_calibration(
         _one_latent,

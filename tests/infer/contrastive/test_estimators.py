@@ -114,7 +114,7 @@ def test_failed_simulations_leave_no_bias(kind: str) -> None:
     estimator = make(kind, _may_fail, nuisance=["noise", "u"], max_failed=0.6)
     simulations = estimator.simulate(4000)
     assert abs(simulations.num_failed / 4000 - 0.5) < 5 * math.sqrt(0.25 / 4000)
-    estimator.fit(**(FIT | {"num_epochs": 25}))
+    estimator.fit(**(FIT | {"num_epochs": 16, "learning_rate": 1e-2}))
     x = torch.tensor(-0.5)
     exact = Quadrature(
         lambda t: -0.5 * t**2 - 0.5 * (x - t) ** 2 + logsigmoid(3.0 * t), (-5.0, 5.0, 1000)
@@ -180,6 +180,7 @@ def _gradient_of_exact_posterior(combined: bool, *, from_prior: bool) -> Tensor:
     return values.mean(0) / (values.std(0) / math.sqrt(len(values)))
 
 
+ROUNDS: dict[str, Any] = {"num_epochs": 12, "batch_size": 200, "learning_rate": 1e-2}
 # a likelihood that is normal in its mean needs no spline
 AFFINE = partial(NeuralSplineFlow, transforms=1, coupling=False, spline="affine")
 
@@ -187,7 +188,7 @@ AFFINE = partial(NeuralSplineFlow, transforms=1, coupling=False, spline="affine"
 @pytest.mark.parametrize("kind", ["ratio", "posterior", "likelihood"])
 def test_proposals_of_further_rounds_do_not_bias(kind: str) -> None:
     estimator = make(kind, linear_gaussian, **({} if kind == "ratio" else {"flow": AFFINE}))
-    posterior = estimator.run_rounds(X, num_rounds=3, num_simulations=800, **FIT)
+    posterior = estimator.run_rounds(X, num_rounds=3, num_simulations=800, **ROUNDS)
     assert estimator.simulations is not None
     assert estimator.simulations.round.unique().tolist() == [0, 1, 2]
     exact = exact_linear_gaussian(X)
