@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from pyro_ext.distributions.diffusion import VPSDE
 FIGURE = os.path.join(
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs", "images", "diffusion.png"
 )
+STEPS = {"grid": 12_000, "checkerboard": 6000, "spirals": 6000, "rings": 6000}
 # at which fields are shown, in units of the scale of the data
 NOISE = (0.1, 0.3, 1.0)
 
@@ -64,8 +65,8 @@ def plane_run(density: str, hidden: int, steps: int) -> dict[str, Any]:
 def plane(args: argparse.Namespace) -> None:
     rows = []
     densities = args.densities or list(DENSITIES)
-    steps = args.steps or 12_000
     for density in densities:
+        steps = args.steps or STEPS[density]
         run = partial(plane_run, density, args.hidden, steps)
         result = kept(f"plane_{density}_{args.hidden}_{steps}", run)
         rows.append(
@@ -83,24 +84,24 @@ def plane(args: argparse.Namespace) -> None:
         )
     how = f"{threads_in_words(1)}, {args.hidden} hidden units, batches of {BATCH}"
     write_table("diffusion_plane", rows, how, PACKAGES)
-    draw(densities, args.hidden, steps)
+    draw({density: args.steps or STEPS[density] for density in densities}, args.hidden)
 
 
 # -- pictures -------------------------------------------------------------------------------------
 
 
-def draw(densities: Sequence[str], hidden: int, steps: int) -> None:
+def draw(steps: Mapping[str, int], hidden: int) -> None:
     """A row for each density: the field at three times, the flow, draws, density."""
     from matplotlib.figure import Figure
 
     titles = [f"score, noise {value:g}" for value in NOISE]
     titles += ["flow of the plane", "draws", "log-density"]
-    figure = Figure(figsize=(11.0, 1.95 * len(densities)), layout="constrained")
-    axes = figure.subplots(len(densities), len(titles), squeeze=False)
-    for row, density in zip(axes, densities, strict=True):
+    figure = Figure(figsize=(11.0, 1.95 * len(steps)), layout="constrained")
+    axes = figure.subplots(len(steps), len(titles), squeeze=False)
+    for row, (density, number) in zip(axes, steps.items(), strict=True):
         torch.manual_seed(0)
         flow = plane_flow(hidden)
-        state = torch.load(output_path(f"{density}_{hidden}_{steps}.pt"), weights_only=True)
+        state = torch.load(output_path(f"{density}_{hidden}_{number}.pt"), weights_only=True)
         flow.load_state_dict(state)
         flow.eval()
         points = DENSITIES[density]().sample((2000,))
@@ -109,8 +110,8 @@ def draw(densities: Sequence[str], hidden: int, steps: int) -> None:
             draw_field(ax, flow, points, noise, half)
         draw_flow(row[3], flow, half)
         with torch.no_grad():
-            draws = flow().sample((20_000,), solver="rk4", num_steps=30)
-        row[4].plot(*draws.T.numpy(), ",", color="#000000", alpha=0.5)
+            draws = flow().sample((5000,), solver="rk4", num_steps=20)
+        row[4].plot(*draws.T.numpy(), ".", color="#000000", markersize=0.8, alpha=0.5)
         draw_density(row[5], flow, half)
         for ax in row:
             ax.set(xlim=(-half, half), ylim=(-half, half), xticks=[], yticks=[], aspect="equal")
@@ -147,24 +148,24 @@ def draw_field(ax: Any, flow: ScoreFlow, points: Tensor, noise: float, half: flo
 
 def draw_flow(ax: Any, flow: ScoreFlow, half: float) -> None:
     """What the probability flow makes of circles and rays of the noise."""
-    angles = torch.linspace(0, 2 * torch.pi, 2001)
+    angles = torch.linspace(0, 2 * torch.pi, 801)
     circle = torch.stack([angles.cos(), angles.sin()], -1)
-    radii = torch.linspace(0, 2.5, 1001).unsqueeze(-1)
+    radii = torch.linspace(0, 2.5, 401).unsqueeze(-1)
     with torch.no_grad():
         for radius in (0.5, 1.0, 1.5, 2.0, 2.5):
-            x = flow().to_data(radius * circle, solver="rk4", num_steps=30)
+            x = flow().to_data(radius * circle, solver="rk4", num_steps=20)
             ax.plot(*x.T.numpy(), color="#0072B2", linewidth=0.5)
         for angle in torch.arange(12) * torch.pi / 6:
             ray = radii * torch.stack([angle.cos(), angle.sin()])
-            x = flow().to_data(ray, solver="rk4", num_steps=30)
+            x = flow().to_data(ray, solver="rk4", num_steps=20)
             ax.plot(*x.T.numpy(), color="#D55E00", linewidth=0.5)
 
 
-def draw_density(ax: Any, flow: ScoreFlow, half: float, cells: int = 120) -> None:
+def draw_density(ax: Any, flow: ScoreFlow, half: float, cells: int = 80) -> None:
     middles = (torch.arange(cells) + 0.5) * (2 * half / cells) - half
     grid = torch.cartesian_prod(middles, middles)
     with torch.no_grad():
-        values = flow().log_prob(grid, solver="rk4", num_steps=30).reshape(cells, cells)
+        values = flow().log_prob(grid, solver="rk4", num_steps=20).reshape(cells, cells)
     highest = float(values.flatten().quantile(0.999))
     extent = (-half, half, -half, half)
     ax.imshow(
