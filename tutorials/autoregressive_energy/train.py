@@ -38,13 +38,14 @@ def build() -> AutoregressiveEnergyMachine:
         energy_hidden_features=64,
         energy_context=32,
         residual_blocks=2,
-        monitor_every=250,
+        num_importance_samples=10,
+        num_gradient_samples=3,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--out", default="diamond.pt")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
