@@ -28,6 +28,7 @@ CAUTIOUS_LEARNING_RATE = 2e-3
 """Step size for networks that nothing is known of."""
 
 _MIN_BATCH = 100
+_EMA_DECAY = 0.98
 
 
 class ContrastiveEstimator(nn.Module):
@@ -200,8 +201,8 @@ class ContrastiveEstimator(nn.Module):
 
         Location and scale of latents and observations are taken from the simulations of the
         first fit. A part of the simulations is held out, the same one in every fit, and the
-        weights that are best on it are kept. See :func:`~pyro_ext.training.fit_density`, which
-        does it.
+        weights that are best on it are kept, where weights are averages over some fifty steps.
+        See :func:`~pyro_ext.training.fit_density`, which does it.
 
         :param num_epochs: passes over the simulations at most; the step size falls to zero over
             them. When ``None``, as many as make :attr:`num_steps` steps, or half as many in
@@ -248,6 +249,8 @@ class ContrastiveEstimator(nn.Module):
             weight_decay=weight_decay,
             evaluate_every=steps_per_epoch,
             patience=patience,
+            # weights of one step are too noisy to be chosen among, at step sizes like these
+            ema_decay=_EMA_DECAY,
             loss=_loss,
             progress=progress,
             checkpoint=checkpoint,
