@@ -17,8 +17,8 @@ from torch import Tensor
 from tests.tutorials.conftest import load_siblings
 
 pytest.importorskip("sklearn")
-CANVAS, VIDEOS, MODEL, PROPOSALS, TRAIN, METRICS = load_siblings(
-    "apg_tracking", "canvas", "videos", "model", "proposals", "train", "metrics"
+CANVAS, VIDEOS, MODEL, SCORING, PROPOSALS, TRAIN, METRICS = load_siblings(
+    "apg_tracking", "canvas", "videos", "model", "scoring", "proposals", "train", "metrics"
 )
 SIZE = CANVAS.SIZE
 WHOLE = CANVAS.CANVAS
@@ -178,6 +178,66 @@ def test_newton_step_finds_the_top() -> None:
     torch.testing.assert_close(width[0, 0], torch.tensor([0.5, 0.25]))
     torch.testing.assert_close(step[0, 1, 0], torch.tensor(-0.5))  # at the right edge: to the left
     torch.testing.assert_close(step[0, 2], torch.tensor([0.5, 0.5]))
+
+
+def _log_density(tracker: torch.nn.Module, what: Tensor, where: Tensor, frames: Tensor) -> Tensor:
+    """Of ``what`` of all digits together, but for a constant."""
+    on = tracker.reconstruct(what, where)
+    likelihood = torch.where(frames > 0, on, 1 - on).log().sum((-1, -2, -3))
+    return likelihood - 0.5 * what.square().sum((-1, -2))
+
+
+def test_scoring_steps_follow_the_gradient() -> None:
+    """That of the log-density by automatic differentiation, divided by the information."""
+    tracker, _ = small_tracker(3)
+    videos = VIDEOS.simulate(torch.rand(5, SIZE, SIZE), 2, 3, 4)
+    where = torch.stack([videos.where, 0.5 * videos.where])  # two particles; digits overlap
+    what = (0.1 * torch.randn(2, 2, 3, MODEL.FEATURES)).requires_grad_()
+    log_density = _log_density(tracker, what, where, videos.frames)
+    (gradient,) = torch.autograd.grad(log_density.sum(), what)
+    moved, information = SCORING.scoring_step(tracker, what.detach(), where, videos.frames)
+    step = torch.linalg.solve(information, gradient)
+    torch.testing.assert_close(moved, what.detach() + step.clamp(-1, 1))
+    assert not moved.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("pixels", "is_exact"), [((3.0, 17.0), True), ((3.3, 16.6), False)], ids=["whole", "between"]
+)
+def test_information_is_that_of_the_pixels(pixels: tuple[float, float], is_exact: bool) -> None:
+    """Of all pixels of the canvas, by automatic differentiation; never less than that."""
+    tracker, _ = small_tracker(1)
+    what = torch.randn(1, 1, MODEL.FEATURES)
+    where = (torch.tensor(pixels) * 2 / CANVAS.RANGE - 1).expand(1, 2, 1, 2)  # in two frames
+    frames = torch.zeros(1, 2, WHOLE, WHOLE)
+    _, information = SCORING.scoring_step(tracker, what, where, frames)
+
+    def on(what: Tensor) -> Tensor:
+        return tracker.reconstruct(what, where).flatten()
+
+    jacobian = torch.autograd.functional.jacobian(on, what).flatten(1)  # type: ignore[no-untyped-call]
+    probability = on(what).detach()
+    weights = 1 / (probability * (1 - probability))
+    expected = torch.eye(MODEL.FEATURES) + (jacobian.T * weights) @ jacobian
+    excess = torch.linalg.eigvalsh(information[0, 0] - expected)
+    assert excess.min() > -1e-8 * expected.diagonal().max()
+    assert (excess.max() < 1e-8 * expected.diagonal().max()) == is_exact
+
+
+def test_scoring_finds_what_was_drawn(float32: None) -> None:
+    """From the prior's mean, with the decoder that ships: nearly the mode after a few steps."""
+    tracker, _ = TRAIN.load(1)
+    what = 0.7 * torch.randn(8, 1, MODEL.FEATURES)
+    where = VIDEOS.trajectories(8, 1, 6)
+    with torch.no_grad():
+        frames = torch.bernoulli(tracker.reconstruct(what, where))
+        truth = _log_density(tracker, what, where, frames)
+        found, densities = torch.zeros_like(what), []
+        for _ in range(6):
+            densities.append(_log_density(tracker, found, where, frames))
+            found, _ = SCORING.scoring_step(tracker, found, where, frames)
+    assert (densities[0] < truth).all(), "there is nothing to find"
+    assert (densities[-1] > truth).float().mean() >= 0.8, "the mode is above the truth"
 
 
 def test_placement_is_a_distribution() -> None:

@@ -29,7 +29,9 @@ def _interpolation(positions):
     """Weights ``(..., 2, CANVAS, SIZE)`` of the pixels of an image in those of a canvas."""
     start = 0.5 * RANGE * (positions + 1)
     across = torch.arange(CANVAS).to(positions)[:, None] - torch.arange(SIZE).to(positions)
-    return (1 - (across - start[..., None, None]).abs()).clamp(min=0)
+    # in place, as new memory for so many numbers costs more than they do
+    distance = (across - start[..., None, None]).abs_()
+    return distance.neg_().add_(1).clamp_(min=0)
 
 
 def pixel_positions(like):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from canvas import RANGE, SIZE, crop, pixel_positions, place
 from model import BACKGROUND, FEATURES, STEP, stack_where
 from pyro.distributions import TorchDistribution, constraints
+from scoring import scoring_step
 from torch import nn
 
 from pyro_ext.infer import APG, WithFactors
@@ -17,6 +18,7 @@ from pyro_ext.nn import NormalHead
 
 PIXEL = 2 / RANGE  # in units of positions
 PLACES = 20  # that are proposed for a digit, the best of all
+SCORING_STEPS = 2  # from what the network proposes to what the decoder makes of it
 
 
 class Placement(TorchDistribution):
@@ -74,6 +76,7 @@ class Proposals(nn.Module):
         # bend of the scores and at least: of the encoder, which has no good images, and of kernels
         self.log_gain = nn.Parameter(torch.tensor([[-0.7, 1.0], [0.0, 0.0]]))
         self.log_scale = nn.Parameter(torch.tensor([[0.0, -1.5], [0.0, -3.5]]))
+        self.log_scale_of_what = nn.Parameter(torch.tensor(0.0))
         self.momentum = nn.Parameter(torch.tensor(1.0))
 
     @property
@@ -141,17 +144,29 @@ class Proposals(nn.Module):
         return Placement(best, grid + PIXEL * shift, PIXEL * (relative * width + least))
 
     def update_what(self, latents, frames):
-        """Propose what digits are, given all positions."""
+        """Propose what digits are, given all positions: as the network says, and a little better.
+
+        A Normal around the mode, as wide as the expected information says.
+        """
         where = stack_where(latents, frames.shape[1], self.tracker.num_digits)
-        with self.tracker.videos(frames):
-            self.propose_what(*cut_out(frames, where))
+        with torch.no_grad():
+            what, _ = self.read(*cut_out(frames, where))
+        for _ in range(SCORING_STEPS):
+            what, information = scoring_step(self.tracker, what, where, frames)
+        scale = information.diagonal(dim1=-2, dim2=-1).rsqrt() * self.log_scale_of_what.exp()
+        with self.tracker.videos(frames), pyro.plate("digits", what.shape[-2], dim=-1):
+            pyro.sample("what", dist.Normal(what, scale).to_event(1))
 
     def propose_what(self, seen, others):
-        """Add up statistics of cut-outs ``(..., frames, digits, SIZE, SIZE)``."""
-        statistics = self.network(torch.cat([seen.flatten(-2), others.flatten(-2)], -1)).sum(-3)
-        loc, scale = self.head(statistics.unflatten(-1, (FEATURES, 2)))
+        """Propose what digits are by the network alone."""
+        loc, scale = self.read(seen, others)
         with pyro.plate("digits", seen.shape[-3], dim=-1):
             pyro.sample("what", dist.Normal(loc, scale).to_event(1))
+
+    def read(self, seen, others):
+        """Add up statistics of cut-outs ``(..., frames, digits, SIZE, SIZE)``."""
+        statistics = self.network(torch.cat([seen.flatten(-2), others.flatten(-2)], -1)).sum(-3)
+        return self.head(statistics.unflatten(-1, (FEATURES, 2)))
 
     @torch.no_grad()
     def _images(self, what):

@@ -1,16 +1,13 @@
-r"""Train the tracker that ships with this tutorial, and write its weights.
+"""Train the tracker that ships with this tutorial, and write its weights.
 
-    python tutorials/apg_tracking/train.py --write              # from nothing
-    python tutorials/apg_tracking/train.py --start tutorials/apg_tracking/weights/tracker.pt \
-        --warm 0 --steps 36 --write                             # go on
+    python tutorials/apg_tracking/train.py --write              # two minutes of one core
     python tutorials/apg_tracking/train.py --warm 5 --steps 2   # only to see that it works
 
 Every step is on new videos of three digits and ten frames, from the images for training. Nobody
 says what a digit looks like, or where one is. The encoder, which follows what it has cut out of
 the first frames, needs no training to find most digits. So what they look like is learned first,
 by a variational autoencoder of the cut-outs, in a hundredth of a second for a step; then model,
-encoder and kernels together by amortized population Gibbs. What ships was made by ``--warm 1200
---steps 0`` and, from there, ``--warm 0 --steps 36``: a minute and a half of a busy machine.
+encoder and kernels together by amortized population Gibbs. ``--start PATH --warm 0`` goes on.
 """
 
 import argparse
@@ -54,7 +51,8 @@ def save(tracker, proposals, path=WEIGHTS):
 def optimizer(tracker, proposals):
     """Adam for all, with steps 20 times as long for the few numbers of the kernels."""
     networks = [*tracker.parameters(), *proposals.network.parameters()]
-    numbers = [proposals.log_gain, proposals.log_scale, proposals.momentum]
+    names = ("log_gain", "log_scale", "log_scale_of_what", "momentum")
+    numbers = [getattr(proposals, name) for name in names]
     groups = [{"params": networks, "factor": 1.0}, {"params": numbers, "factor": 20.0}]
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
@@ -104,8 +102,8 @@ def train(sampler, images, num_steps, *, num_videos=6, num_digits=3, rates=(5e-4
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--warm", type=int, default=2000, help="steps of variational inference")
-    parser.add_argument("--steps", type=int, default=200, help="steps of population Gibbs")
+    parser.add_argument("--warm", type=int, default=3000, help="steps of variational inference")
+    parser.add_argument("--steps", type=int, default=60, help="steps of population Gibbs")
     parser.add_argument("--num-sweeps", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=20)
