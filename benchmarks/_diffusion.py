@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +9,8 @@ from typing import Any
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from benchmarks._report import OUTPUT, progress
+from benchmarks import _runs
+from benchmarks._runs import standard_error as standard_error
 from pyro_ext.datasets import Checkerboard, Rings, RotatedGrid, TwoSpirals
 from pyro_ext.distributions import ScoreFlow
 from pyro_ext.training import fit_density
@@ -36,22 +34,12 @@ def spent(function: Callable[[], Any]) -> tuple[Any, float]:
 
 def kept(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of a run, from its file or else by running."""
-    path = output_path(f"{name}.json")
-    if os.path.exists(path):
-        with open(path) as file:
-            return json.load(file)
-    progress(name)
-    result = run()
-    progress(f"  {result}")
-    with open(path, "w") as file:
-        json.dump(result, file)
-    return result
+    return _runs.kept(f"diffusion_{name}", run)
 
 
 def output_path(name: str) -> str:
     """Where a file of these benchmarks is kept."""
-    os.makedirs(OUTPUT, exist_ok=True)
-    return os.path.join(OUTPUT, f"diffusion_{name}")
+    return _runs.output_path(f"diffusion_{name}")
 
 
 def trained(data: Tensor, steps: int, flow: ScoreFlow, learning_rate: float = 5e-3) -> ScoreFlow:
@@ -67,8 +55,3 @@ def trained(data: Tensor, steps: int, flow: ScoreFlow, learning_rate: float = 5e
         progress=False,
     )
     return flow.eval()
-
-
-def standard_error(values: Tensor) -> float:
-    """Of a mean of independent values."""
-    return float(values.std()) / math.sqrt(len(values))

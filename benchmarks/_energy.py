@@ -1,18 +1,15 @@
-"""What the benchmarks of energy machines share: sizes, training for a time, finished runs."""
+"""What the benchmarks of energy machines share: sizes, training for a time, errors."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks._report import OUTPUT, progress
+from benchmarks._runs import output_path, standard_error
 from pyro_ext.distributions import AutoregressiveEnergyMachine
 from pyro_ext.training import Loss, fit_density
 
@@ -66,34 +63,14 @@ def fit_for(
     }
 
 
-def kept(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result in a file of this name, or else by running."""
-    os.makedirs(OUTPUT, exist_ok=True)
-    path = os.path.join(OUTPUT, f"{name}.json")
-    if not os.path.exists(path):
-        progress(name)
-        result = run()
-        with open(path, "w") as file:
-            json.dump(result, file)
-    with open(path) as file:
-        found: dict[str, Any] = json.load(file)
-    return found
-
-
 def weights_path(name: str) -> str:
     """Where the weights of a trained machine are kept."""
-    os.makedirs(OUTPUT, exist_ok=True)
-    return os.path.join(OUTPUT, f"aem_{name}.pt")
+    return output_path(f"aem_{name}.pt")
 
 
 def count(module: nn.Module) -> int:
     """How many numbers are trained."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
-def standard_error(values: Tensor) -> float:
-    """Of the mean of the values."""
-    return float(values.std()) / math.sqrt(len(values))
 
 
 def difference(a: Tensor, b: Tensor) -> tuple[float, float]:

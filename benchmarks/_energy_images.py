@@ -23,13 +23,12 @@ from benchmarks._energy import (
     count,
     difference,
     fit_for,
-    kept,
-    standard_error,
     weights_path,
     with_error,
 )
 from benchmarks._fit import Data
 from benchmarks._report import RESULTS, progress, threads_in_words, write_table
+from benchmarks._runs import kept, standard_error
 from benchmarks._tutorials import load_siblings
 from benchmarks.spline_flow_densities import IMAGES
 from pyro_ext.distributions import (

@@ -19,11 +19,11 @@ from benchmarks._energy import (
     SMALL,
     difference,
     fit_for,
-    kept,
     weights_path,
     with_error,
 )
 from benchmarks._report import OUTPUT, progress, threads_in_words, write_table
+from benchmarks._runs import kept
 from pyro_ext.datasets import Checkerboard, RotatedGrid, TwoSpirals
 from pyro_ext.distributions import AutoregressiveEnergyMachine, NeuralSplineFlow
 from pyro_ext.distributions.energy.normalizers import estimate, quadrature

@@ -1,12 +1,14 @@
 """What the benchmark of energy machines takes for granted: its picture, its tables, its errors."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks._energy import difference, standard_error, with_error
+from benchmarks._energy import difference, with_error
 from benchmarks._energy_plane import Picture, errors_of_normalizers, machine
+from benchmarks._runs import kept, standard_error
 
 SIDE = 16
 
@@ -60,3 +62,11 @@ def test_differences_are_of_pairs_with_the_error_of_their_mean() -> None:
     assert difference(a, a - 1.0) == pytest.approx((1.0, 0.0))
     assert difference(a, a - torch.tensor([0.0, 1.0, 2.0])) == pytest.approx((1.0, 3**-0.5))
     assert with_error(1.0, 0.126) == "1.00 ± 0.13"
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks._runs.OUTPUT", str(tmp_path / "output"))
+    values = iter([{"gap": 0.5}, {"gap": 0.7}])
+    assert kept("run", lambda: next(values)) == {"gap": 0.5}
+    assert kept("run", lambda: next(values)) == {"gap": 0.5}
+    assert kept("other", lambda: next(values)) == {"gap": 0.7}
