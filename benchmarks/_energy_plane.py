@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks._energy import (
     BATCH,
@@ -31,7 +32,7 @@ from pyro_ext.training import fit_density
 
 PACKAGES = ["torch", "pyro-ppl", "scikit-image"]
 NUM_TRAIN, NUM_TEST = 200_000, 2000
-NUM_CALIBRATED = 1000
+NUM_CALIBRATED = 500
 CELLS, NUM_DRAWN = 150, 50_000
 IMAGES = os.path.join(os.path.dirname(OUTPUT), "..", "docs", "images")
 SAMPLES = (10, 30, 100, 300, 1000, 3000)
@@ -128,7 +129,8 @@ def density_run(density: str, args: argparse.Namespace, seed: int) -> dict[str, 
     flow = spline_flow()
     flow_done = fit_for(done["seconds"], flow, data, batch=512, learning_rate=1e-3)
     flow.eval()
-    torch.save(flow.state_dict(), weights_path(f"{density}_{seed}_flow"))
+    torch.save(panels(density, seed, aem, flow), weights_path(f"{density}_{seed}_panels"))
+    torch.save(errors_of_normalizers(aem, test), weights_path(f"{density}_{seed}_errors"))
     with torch.no_grad():
         values["RQ-NSF (C)"] = flow().log_prob(test)
     return {
@@ -172,41 +174,48 @@ def densities(args: argparse.Namespace) -> None:
     draw_plane(args.densities, args.seeds[0])
 
 
+COLUMNS = ("Data", "Proposal", "Proposal, draws", "AEM", "AEM, draws", "RQ-NSF (C)")
+
+
 @torch.no_grad()
+def panels(density: str, seed: int, aem: AutoregressiveEnergyMachine, flow: nn.Module) -> Tensor:
+    """Densities on the cells of a rectangle, shape ``(len(COLUMNS), CELLS, CELLS)``."""
+    torch.manual_seed(seed)
+    points = DENSITIES[density]().sample((NUM_TRAIN,))
+    low, high = points.quantile(0.0005, 0), points.quantile(0.9995, 0)
+    middles = [torch.linspace(*ends, 2 * CELLS + 1)[1::2] for ends in zip(low, high, strict=True)]
+    cells = torch.cartesian_prod(*middles)
+    pictures = [
+        counted(points, low, high),
+        aem().proposal_log_prob(cells).exp(),
+        counted(aem().sample((NUM_DRAWN,), num_proposals=1), low, high),  # nothing to choose
+        aem().log_prob(cells, exact=True).exp(),
+        counted(aem().sample((NUM_DRAWN,)), low, high),
+        flow().log_prob(cells).exp(),
+    ]
+    return torch.stack([picture.reshape(CELLS, CELLS) for picture in pictures])
+
+
 def draw_plane(densities: Sequence[str], seed: int) -> None:
     """Nash and Durkan 2019, figure 4: a row for each density, all panels in the data's colours."""
     from matplotlib.figure import Figure
+    from PIL import Image
 
-    columns = ["Data", "Proposal", "Proposal, draws", "AEM", "AEM, draws", "RQ-NSF (C)"]
     figure = Figure(figsize=(9.6, 1.68 * len(densities)), layout="constrained")
-    grid = figure.subplots(len(densities), len(columns), squeeze=False)
+    grid = figure.subplots(len(densities), len(COLUMNS), squeeze=False)
     for axes, density in zip(grid, densities, strict=True):
-        torch.manual_seed(seed)
-        aem, flow = load(density, seed), spline_flow()
-        flow.load_state_dict(torch.load(weights_path(f"{density}_{seed}_flow"), weights_only=True))
-        points = DENSITIES[density]().sample((NUM_TRAIN,))
-        low, high = points.quantile(0.0005, 0), points.quantile(0.9995, 0)
-        middles = [
-            torch.linspace(*ends, 2 * CELLS + 1)[1::2] for ends in zip(low, high, strict=True)
-        ]
-        cells = torch.cartesian_prod(*middles)
-        pictures = [
-            counted(points, low, high),
-            aem().proposal_log_prob(cells).exp(),
-            counted(aem().sample((NUM_DRAWN,), num_proposals=1), low, high),  # nothing to choose
-            aem().log_prob(cells, exact=True).exp(),
-            counted(aem().sample((NUM_DRAWN,)), low, high),
-            flow.eval()().log_prob(cells).exp(),
-        ]
+        pictures = torch.load(weights_path(f"{density}_{seed}_panels"), weights_only=True)
         brightest = float(pictures[0].flatten().quantile(0.995))
         for ax, picture in zip(axes, pictures, strict=True):
-            shown = picture.reshape(CELLS, CELLS).T
-            ax.imshow(shown, origin="lower", vmin=0.0, vmax=brightest, cmap="inferno")
+            ax.imshow(picture.T, origin="lower", vmin=0.0, vmax=brightest, cmap="inferno")
             ax.set(xticks=[], yticks=[])
         axes[0].set_ylabel(density.capitalize())
-    for ax, title in zip(grid[0], columns, strict=True):
+    for ax, title in zip(grid[0], COLUMNS, strict=True):
         ax.set_title(title, fontsize=9)
-    figure.savefig(os.path.join(IMAGES, "aem_plane.png"), dpi=130, pil_kwargs={"optimize": True})
+    file = io.BytesIO()
+    figure.savefig(file, dpi=130)
+    few_colors = Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    few_colors.save(os.path.join(IMAGES, "aem_plane.png"), optimize=True)
 
 
 def counted(points: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -285,16 +294,10 @@ def in_words(values: list[float]) -> str:
 # -- calibration ----------------------------------------------------------------------------------
 
 
-def load(density: str, seed: int) -> AutoregressiveEnergyMachine:
-    """The machine that :func:`densities` has trained."""
-    aem = machine(density)
-    aem.load_state_dict(torch.load(weights_path(f"{density}_{seed}"), weights_only=True))
-    return aem.eval()
-
-
 @torch.no_grad()
 def errors_of_normalizers(aem: AutoregressiveEnergyMachine, test: Tensor) -> Tensor:
     """Relative errors of Z of conditionals after the first, shape ``(len(SAMPLES), n)``."""
+    test = test[:NUM_CALIBRATED]
     z, _ = aem.standardize.to_noise(test)
     number = torch.arange(len(test))
     feature = torch.randint(1, aem.features, (len(test),))
@@ -309,15 +312,14 @@ def calibration(args: argparse.Namespace) -> None:
     errors: dict[str, Tensor] = {}
     for density in args.densities:
         for seed in args.seeds:
-            if not os.path.exists(weights_path(f"{density}_{seed}")):
+            path = weights_path(f"{density}_{seed}_errors")
+            if not os.path.exists(path):
                 progress(f"{density}, seed {seed}: run `densities` first")
                 continue
-            torch.manual_seed(seed)
-            test = DENSITIES[density]().sample((NUM_CALIBRATED,))
             name = density if len(args.seeds) == 1 else f"{density}, seed {seed}"
-            errors[name] = errors_of_normalizers(load(density, seed), test)
+            errors[name] = torch.load(path, weights_only=True)
     if errors:
-        how = f"{threads_in_words(1)}, {NUM_CALIBRATED:,} conditionals each"
+        how = f"{threads_in_words(1)}, {NUM_CALIBRATED} conditionals each"
         rows = [error_row(name, each) for name, each in errors.items()]
         write_table("aem_calibration", rows, how, PACKAGES)
         draw_calibration(errors)
