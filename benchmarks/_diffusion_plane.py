@@ -32,7 +32,7 @@ FIGURE = os.path.join(
 )
 STEPS = {"grid": 12_000, "checkerboard": 6000, "spirals": 6000, "rings": 6000}
 # at which fields are shown, in units of the scale of the data
-NOISE = (0.1, 0.3, 1.0)
+NOISE = (0.02, 0.15, 1.0)
 
 
 def plane_flow(hidden: int) -> ScoreFlow:
@@ -110,7 +110,7 @@ def draw(steps: Mapping[str, int], hidden: int) -> None:
             draw_field(ax, flow, points, noise, half)
         draw_flow(row[3], flow, half)
         with torch.no_grad():
-            draws = flow().sample((5000,), solver="rk4", num_steps=20)
+            draws = flow().sample((5000,), rtol=1e-3, atol=1e-3)
         row[4].plot(*draws.T.numpy(), ".", color="#000000", markersize=0.8, alpha=0.5)
         draw_density(row[5], flow, half)
         for ax in row:
