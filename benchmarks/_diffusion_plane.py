@@ -110,7 +110,7 @@ def draw(steps: Mapping[str, int], hidden: int) -> None:
             draw_field(ax, flow, points, noise, half)
         draw_flow(row[3], flow, half)
         with torch.no_grad():
-            draws = flow().sample((5000,), rtol=1e-3, atol=1e-3)
+            draws = flow().sample((4000,), rtol=1e-3, atol=1e-3)
         row[4].plot(*draws.T.numpy(), ".", color="#000000", markersize=0.8, alpha=0.5)
         draw_density(row[5], flow, half)
         for ax in row:
@@ -165,7 +165,7 @@ def draw_density(ax: Any, flow: ScoreFlow, half: float, cells: int = 80) -> None
     middles = (torch.arange(cells) + 0.5) * (2 * half / cells) - half
     grid = torch.cartesian_prod(middles, middles)
     with torch.no_grad():
-        values = flow().log_prob(grid, solver="rk4", num_steps=20).reshape(cells, cells)
+        values = flow().log_prob(grid, solver="rk4", num_steps=15).reshape(cells, cells)
     highest = float(values.flatten().quantile(0.999))
     extent = (-half, half, -half, half)
     ax.imshow(
