@@ -42,7 +42,7 @@ def _exact_two_moons(num: int) -> torch.Tensor:
 def test_two_moons() -> None:
     estimator = NeuralPosteriorEstimator(two_moons, observed=["x"], nuisance=NOISE_SITES)
     estimator.simulate(2000)
-    estimator.fit(num_epochs=30, batch_size=100)
+    estimator.fit()
     posterior = estimator.posterior(torch.zeros(2))
     draws = posterior.sample(1000)["theta"]
     exact = _exact_two_moons(1000)
