@@ -48,10 +48,16 @@ COLUMNS = (
     "weights of step",
     "CPU s",
 )
-# a wider masked network than in the plane, and fewer waves
+# a wider masked network than in the plane, and fewer waves; digits are few: without dropout the
+# likelihood of the validation part was best after a fifth of the steps, and 4 nats lower
 SETTINGS: dict[str, dict[str, Any]] = {
     "patches": {"hidden_features": 256, "frequencies": 2, "max_conditionals": 2048},
-    "digits": {"hidden_features": 128, "frequencies": 3, "max_conditionals": 2048},
+    "digits": {
+        "hidden_features": 128,
+        "frequencies": 1,
+        "max_conditionals": 2048,
+        "dropout": 0.3,
+    },
 }
 TRAINING: dict[str, dict[str, Any]] = {
     "patches": {"batch": 256, "learning_rate": 1e-3},
