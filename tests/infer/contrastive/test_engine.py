@@ -333,3 +333,7 @@ def test_own_networks() -> None:
     ratio.simulate(300)
     ratio.fit(num_epochs=1)
     assert bool(next(ratio.parameters()).any())
+    # smaller steps for what nothing is known of
+    embedded = make("posterior", linear_gaussian, embedding=nn.Linear(2, 3))
+    rates = [e.learning_rate for e in (make("ratio", linear_gaussian), ratio, embedded)]
+    assert rates[0] > rates[1] == rates[2]
