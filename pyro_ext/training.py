@@ -144,7 +144,7 @@ def fit_density(
         settings["ema_decay"] = ema_decay
     _check_settings(settings, held_out)
     settings |= {"batch_size": min(batch_size, len(train)), "rows": len(train)}
-    # one kernel for all tensors, where there is one: many small ones would take as long as the rest
+    # one kernel for all tensors where there is one: many small ones take as long as the rest
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     optimizer = torch.optim.Adam(
         parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused
