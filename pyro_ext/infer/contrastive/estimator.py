@@ -56,7 +56,9 @@ class ContrastiveEstimator(nn.Module):
     """
 
     num_steps: ClassVar[int] = 400
-    """Steps of a fit by default, in the first round; further rounds take half as many."""
+    """Steps of a fit by default, in the first round."""
+    num_further_steps: ClassVar[int] = 200
+    """The same in further rounds, whose networks know most of what there is to learn."""
     num_minibatches: ClassVar[int] = 10
     """Minibatches of a pass by default, where each has some hundred simulations or more."""
 
@@ -205,8 +207,8 @@ class ContrastiveEstimator(nn.Module):
         See :func:`~pyro_ext.training.fit_density`, which does it.
 
         :param num_epochs: passes over the simulations at most; the step size falls to zero over
-            them. When ``None``, as many as make :attr:`num_steps` steps, or half as many in
-            further rounds.
+            them. When ``None``, as many as make :attr:`num_steps` steps, or
+            :attr:`num_further_steps` in further rounds.
         :param batch_size: simulations in a minibatch, among which each observation finds its
             contrasting parameters. When ``None``, 100 or more, so that a pass over many
             simulations has :attr:`num_minibatches`.
@@ -377,8 +379,7 @@ class ContrastiveEstimator(nn.Module):
                 f"{batch_size}: contrasting parameters are the others of a minibatch."
             )
         if num_epochs is None:
-            # further rounds begin with networks that know most of what there is to learn
-            num_steps = self.num_steps // 2 if self._has_proposals() else self.num_steps
+            num_steps = self.num_further_steps if self._has_proposals() else self.num_steps
             num_epochs = -(-num_steps // max(1, num_train // batch_size))
         _check_counts(num_epochs=num_epochs)
         return batch_size, num_epochs

@@ -60,6 +60,8 @@ class NeuralPosteriorEstimator(ContrastiveEstimator):
     (tensor(True), torch.Size([10]))
     """
 
+    num_steps = 700  # flows go on learning for longer than classifiers
+
     def __init__(
         self,
         model: Callable[[], Any],

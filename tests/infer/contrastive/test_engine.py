@@ -289,7 +289,7 @@ def test_what_was_held_out_once_is_not_trained_on_in_further_rounds(
 
 def test_steps_of_a_fit_by_default() -> None:
     estimator = make("posterior", linear_gaussian)
-    estimator.num_steps = 24
+    estimator.num_steps, estimator.num_further_steps = 24, 12
     estimator.simulate(2000)
     first = estimator.fit()
     # ten minibatches of 180
