@@ -56,6 +56,8 @@ class Run(NamedTuple):
     """Median distance between the observation and the simulations of each round."""
     cpu_training: list[float]
     """Processor time in seconds that was spent on training up to the end of each round."""
+    acceptance: list[float]
+    """Part of a flow's draws that is inside the prior's support after each round."""
     cpu_sampling: float
     """Processor time of the draws after the last round."""
     num_failed: int
@@ -80,7 +82,7 @@ def run_ours(setting: Setting) -> Run:
     task = TASKS[setting.task]
     observation = task.observation().float()
     estimator = estimator_for(setting, task)
-    run = Run([], [], [], 0.0, 0)
+    run = Run([], [], [], [], 0.0, 0)
     posterior = None
     for i in range(setting.rounds):
         new = estimator.simulate(setting.simulations, posterior)
@@ -90,6 +92,9 @@ def run_ours(setting: Setting) -> Run:
         with _Clock(run):
             estimator.fit()
         posterior = estimator.posterior(observation)
+        if setting.method == "npe":
+            draws = posterior.sample(NUM_DRAWS)["theta"]
+            run.acceptance.append(_fraction_inside(_prior(task), draws))
     start = time.process_time()
     run.draws.append(posterior.sample(NUM_DRAWS)["theta"])
     return run._replace(
@@ -120,10 +125,13 @@ def run_sbi(setting: Setting) -> Run:
     else:
         inference = NLE(prior, density_estimator="maf", show_progress_bars=False)
     sampler: dict[str, Any] = {}
-    if setting.method != "npe":
+    if setting.method != "npe" or setting.rounds > 1:
+        # what sbi advises where it would reject nearly all draws of a flow
         chains = {"num_chains": 100, "warmup_steps": 50, "thin": 5}
         sampler = {"mcmc_method": "slice_np_vectorized", "mcmc_parameters": chains}
-    run = Run([], [], [], 0.0, 0)
+        if setting.method == "npe":
+            sampler["sample_with"] = "mcmc"
+    run = Run([], [], [], [], 0.0, 0)
     num_failed = 0
     proposal: Any = prior
     for i in range(setting.rounds):
@@ -140,11 +148,15 @@ def run_sbi(setting: Setting) -> Run:
         # and NPE of the first round is maximum likelihood
         atoms = setting.method == "nre" or (setting.method == "npe" and i > 0)
         with _Clock(run):
-            inference.append_simulations(theta, x, **added).train(
+            network = inference.append_simulations(theta, x, **added).train(
                 **fit, **({"num_atoms": setting.atoms} if atoms else {})
             )
             proposal = inference.build_posterior(**sampler)
         proposal.set_default_x(observation.reshape(-1))
+        if setting.method == "npe":
+            with torch.no_grad():
+                draws = network.sample((NUM_DRAWS,), condition=observation.reshape(1, -1))
+            run.acceptance.append(_fraction_inside(_prior(task), draws[:, 0]))
     start = time.process_time()
     run.draws.append(proposal.sample((NUM_DRAWS,), show_progress_bars=False))
     return run._replace(cpu_sampling=time.process_time() - start, num_failed=num_failed)
@@ -171,12 +183,21 @@ def _prior_for_sbi(task: Task) -> Any:
     """The distribution of the latent site, which for a box has to be sbi's own."""
     from sbi.utils import BoxUniform
 
-    with torch.no_grad():
-        prior = pyro.poutine.trace(task.model).get_trace().nodes["theta"]["fn"]
+    prior = _prior(task)
     base = getattr(prior, "base_dist", prior)
     if isinstance(base, torch.distributions.Uniform):
         return BoxUniform(base.low, base.high)
     return prior
+
+
+def _prior(task: Task) -> Any:
+    with torch.no_grad():
+        return pyro.poutine.trace(task.model).get_trace().nodes["theta"]["fn"]
+
+
+def _fraction_inside(prior: Any, draws: Tensor) -> float:
+    is_inside: Tensor = prior.support.check(draws)
+    return float(is_inside.double().mean())
 
 
 def _distance(observed: Tensor, observation: Tensor) -> float:

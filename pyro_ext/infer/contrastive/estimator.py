@@ -345,6 +345,10 @@ class ContrastiveEstimator(nn.Module):
         """How many parameters each observation is tried with."""
         return 1
 
+    def _effort(self) -> float:
+        """What minibatches and numbers of steps are by default, relative to the usual."""
+        return 1.0
+
     def _before_fit(self, is_valid: Tensor) -> None:
         """Take notice of the simulations that failed."""
 
@@ -369,9 +373,10 @@ class ContrastiveEstimator(nn.Module):
     def _batch_size_and_epochs(
         self, num_train: int, batch_size: int | None, num_epochs: int | None
     ) -> tuple[int, int]:
-        num_contrasted = self._num_contrasted()
+        num_contrasted, factor = self._num_contrasted(), self._effort()
         if batch_size is None:
-            batch_size = max(_MIN_BATCH, num_contrasted, num_train // self.num_minibatches)
+            rows = factor * max(_MIN_BATCH, num_train // self.num_minibatches)
+            batch_size = max(_MIN_BATCH, num_contrasted, min(round(rows), num_train))
         _check_counts(batch_size=batch_size)
         if batch_size < num_contrasted:
             raise ValueError(
@@ -380,7 +385,7 @@ class ContrastiveEstimator(nn.Module):
             )
         if num_epochs is None:
             num_steps = self.num_further_steps if self._has_proposals() else self.num_steps
-            num_epochs = -(-num_steps // max(1, num_train // batch_size))
+            num_epochs = -(-round(num_steps * factor) // max(1, num_train // batch_size))
         _check_counts(num_epochs=num_epochs)
         return batch_size, num_epochs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from .estimator import CAUTIOUS_LEARNING_RATE, ContrastiveEstimator
 from .losses import Batch, contrast_with, contrastive_loss
 
 __all__ = ["NeuralRatioEstimator", "RatioNetwork", "check_num_atoms"]
+
+_USUAL_ATOMS = 10
 
 NetworkFactory = Callable[[int, int], nn.Module]
 
@@ -29,7 +32,8 @@ class NeuralRatioEstimator(ContrastiveEstimator):
     :param model: see :class:`~pyro_ext.infer.contrastive.estimator.ContrastiveEstimator`, as are
         ``observed``, ``latents``, ``nuisance``, ``embedding``, ``vectorize`` and ``max_failed``.
     :param int num_atoms: number K of parameters, one right and K - 1 contrasting; at most the
-        size of a minibatch.
+        size of a minibatch. With fewer than ten, training has larger minibatches and more steps
+        by default.
     :param int hidden_features: size of the hidden layers of the network.
     :param int residual_blocks: blocks of the network, two layers each.
     :param network: a function of the numbers of latents and of features of an observation, that
@@ -96,12 +100,22 @@ class NeuralRatioEstimator(ContrastiveEstimator):
         return f.squeeze(-1)
 
     def loss(self, batch: Batch, flat: Tensor) -> Tensor:
-        """The contrastive loss."""
-        index = contrast_with(len(flat), self.num_atoms, at_random=self.training)
+        """
+        The contrastive loss.
+
+        Held-out observations are tried with ten parameters or more, as two would say too little
+        to choose weights by; f is the same for any K.
+        """
+        num_atoms = self.num_atoms if self.training else max(self.num_atoms, _USUAL_ATOMS)
+        index = contrast_with(len(flat), num_atoms, at_random=self.training)
         return contrastive_loss(self.log_ratio, batch, self.encoder(flat), index)[0]
 
     def _num_contrasted(self) -> int:
         return self.num_atoms
+
+    def _effort(self) -> float:
+        # with few contrasting parameters, a minibatch costs less and says less
+        return math.sqrt(max(1.0, _USUAL_ATOMS / self.num_atoms))
 
 
 class RatioNetwork(nn.Module):
