@@ -288,7 +288,7 @@ def _joined(values: dict[str, Tensor]) -> list[float]:
 
 
 def picture() -> None:
-    """What every round of inference adds, task by task, and what more contrasting parameters do."""
+    """What every round of inference adds, by task, and what more contrasting parameters do."""
     import matplotlib.pyplot as plt
 
     runs = [record for record in records() if record["rounds"] > 1]

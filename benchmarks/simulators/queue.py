@@ -98,6 +98,23 @@ def _simulate(theta: Tensor) -> Tensor:
     return quantiles(departure_gaps(theta.float(), service, arrival)).log().to(theta)
 
 
+class _BelowMinimum:
+    """Coordinates that know that no gap is shorter than the shortest service."""
+
+    def to_real(self, theta: Tensor, x: Tensor) -> Tensor:
+        # rounding may make them equal
+        fraction = (theta / self._high(x)).clamp(max=1 - 1e-6)
+        return fraction.logit()
+
+    def from_real(self, real: Tensor, x: Tensor) -> Tensor:
+        return real.sigmoid() * self._high(x)
+
+    def _high(self, x: Tensor) -> Tensor:
+        high = torch.tensor(HIGH, dtype=x.dtype).expand(*x.shape[:-1], 3)
+        shortest = torch.minimum(high[..., 0], x[..., 0].exp())
+        return torch.cat([shortest.unsqueeze(-1), high[..., 1:]], -1)
+
+
 def _reference(x: Tensor, num_draws: int) -> Reference:
     """The nearest 0.02 % of 100,000 simulations for every draw."""
     prior = Box(torch.zeros(3, dtype=x.dtype), torch.tensor(HIGH, dtype=x.dtype))
@@ -108,6 +125,7 @@ def _reference(x: Tensor, num_draws: int) -> Reference:
         num_draws,
         num_simulations=_SIMULATIONS_PER_DRAW * num_draws,
         num_kept=_KEPT_PER_DRAW * num_draws,
+        coordinates=_BelowMinimum(),
     )
 
 

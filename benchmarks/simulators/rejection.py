@@ -1,4 +1,4 @@
-"""Draws from a posterior that nobody can draw from exactly, by brute force, for parameters in a box.
+"""Draws from a posterior that has no exact sampler, by brute force, for parameters in a box.
 
 Approximate Bayesian computation with so many simulations that its tolerance hardly matters, and
 what matters is taken out by regression (Beaumont, Zhang and Balding 2002, "Approximate Bayesian
@@ -9,18 +9,28 @@ are, and there are few parameters and few data.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .task import Reference, resample
 
-__all__ = ["Box", "draw_by_rejection"]
+__all__ = ["Box", "Coordinates", "draw_by_rejection"]
 
 _AT_ONCE = 500_000
 _PILOT_SIMULATIONS, _PILOT_DRAWS, _PILOTS = 2_000_000, 2_000, 2
 _PADDING = 0.25  # of the range of a pilot's draws, on each side of the box
+
+
+class Coordinates(Protocol):
+    """Parameters without bounds, given data."""
+
+    def to_real(self, theta: Tensor, x: Tensor) -> Tensor:
+        """From parameters and data, a row for each, to coordinates."""
+
+    def from_real(self, real: Tensor, x: Tensor) -> Tensor:
+        """The inverse."""
 
 
 class Box(NamedTuple):
@@ -32,6 +42,14 @@ class Box(NamedTuple):
     def draw(self, num: int) -> Tensor:
         """Draws, shape ``(num, d)``."""
         return self.low + (self.high - self.low) * torch.rand(num, len(self.low)).to(self.low)
+
+    def to_real(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Parameters without bounds."""
+        return ((theta - self.low) / (self.high - self.low)).logit()
+
+    def from_real(self, real: Tensor, x: Tensor) -> Tensor:
+        """The inverse of :meth:`to_real`."""
+        return self.low + (self.high - self.low) * real.sigmoid()
 
     def around(self, theta: Tensor) -> Box:
         """The part of the box around draws, with room on all sides."""
@@ -54,6 +72,7 @@ def draw_by_rejection(
     num_draws: int,
     num_simulations: int,
     num_kept: int,
+    coordinates: Coordinates | None = None,
 ) -> Reference:
     """
     Draws given data: the nearest of many simulations, adjusted.
@@ -68,6 +87,8 @@ def draw_by_rejection(
     :param int num_draws: number of draws.
     :param int num_simulations: simulations after the pilots.
     :param int num_kept: how many of them to keep; at least some fifteen times ``num_draws``.
+    :param coordinates: in which the regression is; those of the prior by default. Where data
+        bound parameters, they should know the bounds.
     """
     part, whiten = prior, torch.eye(len(x), dtype=x.dtype)
     for _ in range(_PILOTS):
@@ -75,7 +96,8 @@ def draw_by_rejection(
         part, whiten = prior.around(pilot.theta), _whitening(simulate, pilot.theta)
     near = _nearest(simulate, part, x, whiten, num_simulations, num_kept)
     weight = 1 - (near.distance / near.distance.max()).square()
-    return resample(_adjusted(near, weight, prior), weight.log(), num_draws)
+    adjusted = _adjusted(near, weight, x, coordinates or prior)
+    return resample(adjusted, weight.log(), num_draws)
 
 
 def _whitening(simulate: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
@@ -107,11 +129,10 @@ def _nearest(
     return kept
 
 
-def _adjusted(near: _Nearest, weight: Tensor, prior: Box) -> Tensor:
+def _adjusted(near: _Nearest, weight: Tensor, x: Tensor, coordinates: Coordinates) -> Tensor:
     """Parameters less what a weighted regression explains by how far off the data are."""
-    fraction = (near.theta - prior.low) / (prior.high - prior.low)
+    real = coordinates.to_real(near.theta, x + near.difference)
     design = torch.cat([torch.ones_like(weight)[:, None], near.difference], -1)
     root = weight.sqrt()[:, None]
-    slopes = torch.linalg.lstsq(root * design, root * fraction.logit()).solution[1:]
-    adjusted = torch.sigmoid(fraction.logit() - near.difference @ slopes)
-    return prior.low + (prior.high - prior.low) * adjusted
+    slopes = torch.linalg.lstsq(root * design, root * real).solution[1:]
+    return coordinates.from_real(real - near.difference @ slopes, x)

@@ -45,6 +45,17 @@ def test_regression_removes_what_the_tolerance_adds() -> None:
     np.testing.assert_allclose(draws.std(0).numpy(), 0.2, rtol=0.15)
 
 
+def test_coordinates_of_the_queue_know_the_shortest_service() -> None:
+    coordinates = queue._BelowMinimum()
+    x = queue.QUEUE.observation().double()
+    real = 10 * torch.randn(1000, 3)
+    theta = coordinates.from_real(real, x)
+    assert float(theta[:, 0].max()) <= float(x[0].exp()) < 1.1
+    torch.testing.assert_close(
+        coordinates.to_real(theta, x), real.clamp(max=13.8), atol=0.1, rtol=0
+    )
+
+
 def test_too_few_are_refused() -> None:
     with pytest.raises(ValueError, match="num_simulations=0"):
         draw_by_rejection(_noisy, PRIOR, torch.zeros(2), 10, 0, 100)
