@@ -116,7 +116,13 @@ class _BelowMinimum:
 
 
 def _reference(x: Tensor, num_draws: int) -> Reference:
-    """The nearest 0.02 % of 100,000 simulations for every draw."""
+    """
+    The nearest 0.02 % of 100,000 simulations for every draw.
+
+    For the task's observation, 1,000 draws are at most 1.0 standard deviation of the noise off in
+    the five data together. A classifier cannot tell them from those within three quarters of that
+    (C2ST 0.49); without the regression it can a little (0.55).
+    """
     prior = Box(torch.zeros(3, dtype=x.dtype), torch.tensor(HIGH, dtype=x.dtype))
     return draw_by_rejection(
         _simulate,
