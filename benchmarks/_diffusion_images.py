@@ -119,7 +119,7 @@ def ablation_run(choice: Choice, steps: int) -> dict[str, Any]:
 
 
 def ablation(args: argparse.Namespace) -> None:
-    steps = args.steps or 800
+    steps = args.steps or 2000
     rows = []
     for choice in CHOICES:
         dequantization = "variational" if choice.is_variational else "uniform"
