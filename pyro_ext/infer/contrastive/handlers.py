@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -87,14 +87,17 @@ class DrawUnderVmap(Messenger):
     with different numbers. The same is done with tensors that have it.
 
     :param Tensor zero: a zero that has the dimension.
+    :param given: names of sites that are not drawn, as handlers outside of this one set them.
     """
 
-    def __init__(self, zero: Tensor) -> None:
+    def __init__(self, zero: Tensor, given: Collection[str] = ()) -> None:
         super().__init__()
+        self.given = given
         self.mode = _FillBatched(zero)
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["done"] or msg["is_observed"] or msg["value"] is not None or is_subsample(msg):
+        is_set = msg["done"] or msg["value"] is not None or msg["name"] in self.given
+        if is_set or msg["is_observed"] or is_subsample(msg):
             return
         with self.mode, warnings.catch_warnings():
             # of small operations that torch loops over runs

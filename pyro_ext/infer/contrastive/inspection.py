@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -13,10 +14,14 @@ from torch import Tensor
 
 from ...errors import ModelStructureError
 from ...poutine.sites import delta, is_subsample
-from .handlers import Released
+from .handlers import PriorIsDrawn, Recorder, Released
 from .sites import LatentSite, ObservedSite, Structure, to_support
 
 __all__ = ["inspect_model"]
+
+_MAX_TRIES = 20
+_FAILURES = (ArithmeticError, AssertionError, RuntimeError, ValueError)
+"""What simulators raise at parameters that they cannot run at, but not what mistakes raise."""
 
 
 def inspect_model(
@@ -65,11 +70,28 @@ def inspect_model(
     )
 
 
-def _run(
-    model: Callable[[], Any], observed: Collection[str], values: Mapping[str, Tensor] | None = None
-) -> poutine.Trace:
-    with poutine.block(), Released(frozenset(observed), values or {}):
-        return poutine.trace(model).get_trace()
+def _run(model: Callable[[], Any], observed: Collection[str]) -> poutine.Trace:
+    """A simulator may fail at some parameters, but hardly twenty times in a row."""
+    num_failed = 0
+    while True:
+        try:
+            with poutine.block(), Released(frozenset(observed), {}):
+                return poutine.trace(model).get_trace()
+        except _FAILURES:
+            num_failed += 1
+            if num_failed == _MAX_TRIES:
+                raise
+
+
+def _run_prior(
+    model: Callable[[], Any], values: Mapping[str, Tensor], last: str
+) -> Mapping[str, Any]:
+    """The sites up to the last latent to infer, at given values."""
+    prior = Recorder(frozenset(), last)
+    with poutine.block(), Released(frozenset(), values), poutine.trace() as tracer, prior:
+        with contextlib.suppress(PriorIsDrawn):
+            model()
+    return _sample_nodes(tracer.trace)
 
 
 def _sample_nodes(trace: poutine.Trace) -> dict[str, Any]:
@@ -241,7 +263,7 @@ def _check_prior_is_free_of_nuisance(
     values = {name: node["value"] for name, node in chosen.items()}
     values |= {n: others[n]["value"] for n in found if n not in chosen and n in others}
     with torch.no_grad():
-        again = _sample_nodes(_run(model, observed, values))
+        again = _run_prior(model, values, list(chosen)[-1])
     for name, node in chosen.items():
         log_probs = [fn.log_prob(node["value"]) for fn in (node["fn"], again[name]["fn"])]
         if not torch.allclose(log_probs[0], log_probs[1], rtol=1e-4, atol=1e-6):

@@ -18,7 +18,7 @@ from torch.distributions import biject_to, constraints
 from ...ops.resampling import effective_sample_size, log_mean_exp, systematic
 from ...poutine.sites import delta, is_subsample
 from .simulator import Simulator
-from .sites import constrain, log_abs_det, unconstrain
+from .sites import check_latents, constrain, is_inside, log_abs_det, unconstrain
 
 __all__ = ["LogRatio", "Posterior", "WeightedDraws"]
 
@@ -112,15 +112,20 @@ class Posterior(ABC):
         """
         Log-density of latents in the model's own coordinates.
 
-        :param latents: values by site, shape ``(n, ...)``.
-        :returns: shape ``(n,)``; up to a constant unless :attr:`is_normalized`.
+        :param latents: values by site, shape ``(n, ...)``, or with other leading dimensions.
+            Values of other sites are not used.
+        :returns: shape ``(n,)``, ``-inf`` outside of the prior's support; up to a constant unless
+            :attr:`is_normalized`.
+        :raises ValueError: if a site is missing or has a wrong shape.
         """
-        missing = sorted(set(self.structure.latent_names) - set(latents))
-        if missing:
-            raise ValueError(f"Values of the latent sites {missing} are missing.")
-        unconstrained = unconstrain(latents, self.structure)
-        log_prob = self.log_prob_unconstrained(unconstrained)
-        return log_prob - log_abs_det(unconstrained, self.structure)
+        structure = self.structure
+        values = check_latents(latents, structure)
+        inside = is_inside(values, structure)
+        rows = unconstrain(values, structure)
+        rows = torch.where(inside[..., None], rows, torch.zeros_like(rows))
+        log_prob = self.log_prob_unconstrained(rows.reshape(-1, structure.features))
+        log_prob = log_prob.reshape(inside.shape) - log_abs_det(rows, structure)
+        return log_prob.masked_fill(~inside, -torch.inf)
 
     @abstractmethod
     def log_prob_unconstrained(self, unconstrained: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ...ops.tempering import temper
 from ..mcmc import MCMC
 from .posterior import LogRatio, Posterior
 from .simulator import Simulator
-from .sites import constrain, unconstrain
+from .sites import constrain, is_inside, unconstrain
 
 __all__ = ["FlowPosterior", "RatioPosterior"]
 
@@ -198,14 +198,7 @@ class FlowPosterior(Posterior):
         return draws
 
     def _is_inside(self, unconstrained: Tensor) -> Tensor:
-        inside = torch.ones(
-            unconstrained.shape[:-1], dtype=torch.bool, device=unconstrained.device
-        )
-        for site, value in zip(
-            self.structure.latents, constrain(unconstrained, self.structure).values(), strict=True
-        ):
-            inside &= site.support.check(value).reshape(*inside.shape, -1).all(-1)
-        return inside
+        return is_inside(constrain(unconstrained, self.structure), self.structure)
 
 
 def _check_chains(warmup_steps: int, num_chains: int, thinning: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -26,7 +26,8 @@ VECTORIZE = ("vmap", "plate", "loop")
 _PLATE = "_pyro_ext_simulations"
 
 Values = dict[str, Tensor]
-_Around = Callable[[], contextlib.AbstractContextManager[Any]]
+_Around = Callable[[Collection[str]], contextlib.AbstractContextManager[Any]]
+"""What to enter around the model, whose sites of these names have values already."""
 _OfOneRun = Callable[[Values, _Around], Any]
 
 
@@ -58,9 +59,12 @@ class Simulator:
             raise ValueError(f"vectorize={vectorize!r}: give one of {VECTORIZE}, or None.")
         self.model = model
         self.structure = structure
+        self._scores_by_vmap = False
         self.vectorize = vectorize or self._find_out_how_to_run()
         if vectorize == "plate":
             self.draw_prior(2)  # says which site has no batch
+        # the prior alone is asked for most often, and may be one for vmap where the rest is not
+        self._scores_by_vmap = self.vectorize == "loop" and self._can_score_by_vmap()
 
     def draw_prior(self, num: int) -> Tensor:
         """
@@ -90,7 +94,8 @@ class Simulator:
         :returns: shape ``(runs,)``.
         """
         names = frozenset(self.structure.latent_names)
-        return self._score(unconstrained, names, self.structure.last_latent, {})
+        way = "vmap" if self._scores_by_vmap else self.vectorize
+        return self._score(unconstrained, names, self.structure.last_latent, {}, way)
 
     def log_joint(self, unconstrained: Tensor, observations: Mapping[str, Tensor]) -> Tensor:
         """
@@ -101,7 +106,7 @@ class Simulator:
         :returns: shape ``(runs,)``.
         """
         names = frozenset([*self.structure.latent_names, *self.structure.observed_names])
-        return self._score(unconstrained, names, None, observations)
+        return self._score(unconstrained, names, None, observations, self.vectorize)
 
     def simulate(self, unconstrained: Tensor) -> Outcome:
         """
@@ -145,7 +150,7 @@ class Simulator:
         """One run of the model, which nothing around it sees."""
         released = Released(frozenset(self.structure.observed_names), given)
         with poutine.block(), _own_dimensions(), FrozenMessenger(), released, recorder:
-            with contextlib.suppress(PriorIsDrawn), around():
+            with contextlib.suppress(PriorIsDrawn), around(given):
                 self.model()
 
     def _observe(self, given: Values, around: _Around) -> Values:
@@ -160,8 +165,9 @@ class Simulator:
         names: frozenset[str],
         stop_after: str | None,
         observations: Mapping[str, Tensor],
+        way: str,
     ) -> Tensor:
-        leading = 1 if self.vectorize == "plate" else 0
+        leading = 1 if way == "plate" else 0
 
         def score(given: Values, around: _Around) -> Tensor:
             recorder = Recorder(names, stop_after, score=True)
@@ -170,7 +176,7 @@ class Simulator:
 
         num = len(unconstrained)
         values = constrain(unconstrained, self.structure)
-        terms: Tensor = self._map(score, self._for_model(values), num)
+        terms: Tensor = self._map(score, self._for_model(values), num, way)
         return terms.reshape(num, -1).sum(-1) + log_abs_det(unconstrained, self.structure)
 
     def _map(self, function: _OfOneRun, values: Values, num: int, way: str | None = None) -> Any:
@@ -189,15 +195,14 @@ class Simulator:
                 zeros = torch.zeros(num, device=self.structure.device)
 
                 def of_one(zero: Tensor, given: Values) -> Any:
-                    return function(given, lambda: DrawUnderVmap(zero))
+                    return function(given, lambda names: DrawUnderVmap(zero, names))
 
                 return vmap(of_one, randomness="different")(zeros, values)
             if way == "plate":
                 dim = -1 - self.structure.max_plate_nesting
-                return function(values, lambda: pyro.plate(_PLATE, num, dim=dim))
-            nothing = contextlib.nullcontext
+                return function(values, lambda _: pyro.plate(_PLATE, num, dim=dim))
             rows = [{name: value[i] for name, value in values.items()} for i in range(num)]
-            runs = [function(row, nothing) for row in rows]
+            runs = [function(row, lambda _: contextlib.nullcontext()) for row in rows]
         if isinstance(runs[0], Tensor):
             return torch.stack(runs)
         return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
@@ -259,13 +264,24 @@ class Simulator:
     def _check_vmap(self) -> None:
         latents = self.draw_prior(3)
         self.log_prior(latents)
-        values = constrain(latents, self.structure)
-        with torch.no_grad():
-            self._shaped(self._map(self._observe, values, 3), 3)
+        self._check_randomness_is_torchs(constrain(latents, self.structure), 3)
+
+    def _can_score_by_vmap(self) -> bool:
+        with torch.random.fork_rng(devices=[]):
+            latents = self.draw_prior(3)
+            one_by_one = self.log_prior(latents)
+            self._scores_by_vmap = True
+            try:
+                together = self.log_prior(latents)
+            except Exception:  # for any reason that vmap has
+                return False
+            finally:
+                self._scores_by_vmap = False
+            return torch.allclose(one_by_one, together)
 
     def _check_plate(self) -> None:
         """
-        Check that every run under a plate depends on its own latents alone.
+        Check that every run under a plate depends on its own latents and random numbers alone.
 
         Two batches from the same random numbers, in which two runs have other latents, nuisance
         included: those two have to differ, and the others to be the same.
@@ -273,25 +289,47 @@ class Simulator:
         num, changed = 5, torch.tensor([True, False, False, True, False])
         self.log_prior(self.draw_prior(num))
         first, second = self._all_latents(num), self._all_latents(num)
+        self._check_randomness_is_torchs(first, num)
         mixed: Values = {}
         for name, value in first.items():
             where = changed.reshape(num, *(1,) * (value.dim() - 1)).to(value.device)
             mixed[name] = torch.where(where, second[name], value)
         seed = int(torch.randint(2**31, ()))
-        results: list[Values] = []
-        for values in (first, mixed):
-            torch.manual_seed(seed)
-            with torch.no_grad():
-                results.append(self._shaped(self._map(self._observe, values, num), num))
+        before, after = (self._observe_from(seed, values, num) for values in (first, mixed))
         differs = torch.zeros(num, dtype=torch.bool)
-        for name, value in results[0].items():
-            same = (value == results[1][name]) | value.isnan()
+        for name, value in before.items():
+            same = (value == after[name]) | value.isnan()
             differs |= ~same.reshape(num, -1).all(1).cpu()
         if not torch.equal(differs, changed):
             raise ValueError(
                 "runs under a plate do not depend on their own latents alone, the model is not "
                 "written for batches of latents"
             )
+        alike = {name: value[:1].expand_as(value) for name, value in first.items()}
+        before, after = (self._observe_from(seed + i, alike, num) for i in range(2))
+        for name, value in before.items():
+            is_shared = (value == value[:1]).all(0) & (value[0] != after[name][0])
+            if bool(is_shared.any()):
+                raise ValueError(
+                    f"site {name!r} has random numbers that all runs under a plate share, the "
+                    "model is not written for batches of latents"
+                )
+
+    def _check_randomness_is_torchs(self, values: Values, num: int) -> None:
+        """Check that torch's generator is the only one: others know nothing of many runs."""
+        seed = int(torch.randint(2**31, ()))
+        first, second = (self._observe_from(seed, values, num) for _ in range(2))
+        for name, value in first.items():
+            if not torch.allclose(value, second[name], equal_nan=True):
+                raise ValueError(
+                    f"site {name!r} has random numbers that are not of torch's generator, which "
+                    "all runs may share"
+                )
+
+    def _observe_from(self, seed: int, values: Values, num: int) -> Values:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return self._shaped(self._map(self._observe, values, num), num)
 
     def _all_latents(self, num: int) -> Values:
         """Values of all sites that have a dimension of the plate, nuisance included."""

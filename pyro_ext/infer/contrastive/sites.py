@@ -22,7 +22,9 @@ __all__ = [
     "LatentSite",
     "ObservedSite",
     "Structure",
+    "check_latents",
     "constrain",
+    "is_inside",
     "log_abs_det",
     "to_support",
     "unconstrain",
@@ -175,6 +177,50 @@ def unconstrain(values: Mapping[str, Tensor], structure: Structure) -> Tensor:
         leading = value.shape[: value.dim() - len(site.shape)]
         parts.append(site.transform.inv(value).reshape((*leading, -1)))
     return torch.cat(parts, -1)
+
+
+def check_latents(values: Mapping[str, Tensor], structure: Structure) -> dict[str, Tensor]:
+    """
+    Values of the latent sites alone, as the networks need them.
+
+    :param values: by name, of shape ``leading + shape`` each, where leading dimensions broadcast.
+    :returns: the same, with equal leading dimensions, dtype and device.
+    :raises ValueError: if a site is missing or has a wrong shape.
+    """
+    if missing := sorted(set(structure.latent_names) - set(values)):
+        raise ValueError(f"Values of the latent sites {missing} are missing.")
+    result: dict[str, Tensor] = {}
+    leading: dict[str, torch.Size] = {}
+    for site in structure.latents:
+        value = torch.as_tensor(values[site.name]).to(structure.device, structure.dtype)
+        before = value.dim() - len(site.shape)
+        if before < 0 or value.shape[before:] != site.shape:
+            raise ValueError(
+                f"Values of latent site {site.name!r} have shape {tuple(value.shape)}; expected "
+                f"was {tuple(site.shape)}, with dimensions for several values on the left."
+            )
+        result[site.name], leading[site.name] = value, value.shape[:before]
+    try:
+        common = torch.broadcast_shapes(*leading.values())
+    except RuntimeError:
+        shapes = {name: tuple(shape) for name, shape in leading.items()}
+        raise ValueError(f"The sites have different numbers of values: {shapes}.") from None
+    return {s.name: result[s.name].expand(common + s.shape) for s in structure.latents}
+
+
+def is_inside(values: Mapping[str, Tensor], structure: Structure) -> Tensor:
+    """
+    Which values are in the support of the prior.
+
+    :param values: by name, of shape ``leading + shape`` each.
+    :returns: shape ``leading``.
+    """
+    inside = torch.ones((), dtype=torch.bool, device=structure.device)
+    for site in structure.latents:
+        value = values[site.name]
+        leading = value.shape[: value.dim() - len(site.shape)]
+        inside = inside & site.support.check(value).reshape(*leading, -1).all(-1)
+    return inside
 
 
 def log_abs_det(unconstrained: Tensor, structure: Structure) -> Tensor:

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 import torch
+from pyro.util import set_rng_seed
 from torch import Tensor
 
 from .simulator import Outcome, Simulator
@@ -47,7 +48,7 @@ def simulate_in_processes(
     """
     size = 1 if timeout is not None else batch_size
     parts = unconstrained.split(size)
-    seeds = torch.randint(2**62, (len(parts),)).tolist()
+    seeds = torch.randint(2**32, (len(parts),)).tolist()
     todo = [_Task(i, part, seeds[i]) for i, part in enumerate(parts)][::-1]
     done: dict[int, Outcome] = {}
     context: Any = get_context(mp_context)
@@ -154,7 +155,8 @@ def _serve(connection: Any, simulator: Simulator) -> None:
             latents, seed = connection.recv()
         except EOFError:
             return
-        torch.manual_seed(seed)
+        # Python's and numpy's generators too, whose states a forked process has from its parent
+        set_rng_seed(seed)
         outcome = simulator.simulate(torch.from_numpy(latents))
         arrays = {name: value.numpy() for name, value in outcome.observations.items()}
         connection.send((arrays, outcome.failure))

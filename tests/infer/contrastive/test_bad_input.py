@@ -1,8 +1,10 @@
 import math
+import random
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -276,23 +278,15 @@ def test_simulators_that_hang_and_raise_in_processes() -> None:
     with pytest.MonkeyPatch.context() as patch:
         # the first look at the model has to get through
         patch.setattr(time, "sleep", lambda seconds: None)
-        estimator = _inspected(_sometimes_hangs)
+        estimator = NeuralRatioEstimator(
+            _sometimes_hangs, observed=["x"], vectorize="loop", max_failed=0.9
+        )
     simulations = estimator.simulate(16, num_workers=2, timeout=0.3, mp_context="fork")
     theta = simulations.latents["theta"]
     assert torch.equal(simulations.is_valid, theta.abs() <= 1.0)
     assert 0 < simulations.num_failed < 16
     x = simulations.observations["x"][simulations.is_valid]
     torch.testing.assert_close(x, 2.0 * theta[simulations.is_valid])
-
-
-def _inspected(model: Callable[[], None]) -> NeuralRatioEstimator:
-    for seed in range(20):
-        torch.manual_seed(seed)
-        try:
-            return NeuralRatioEstimator(model, observed=["x"], vectorize="loop", max_failed=0.9)
-        except ArithmeticError:
-            continue
-    raise RuntimeError("the model raised in every run")
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -305,3 +299,75 @@ def test_processes_give_the_same_whatever_their_number() -> None:
         results.append(new.observations["x"])
     assert torch.equal(*results)
     assert len(results[0].unique()) == 40
+
+
+def _with_generators_of_others() -> None:
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    noise = np.random.normal() + random.gauss()
+    pyro.deterministic("x", theta + noise)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_generators_of_numpy_and_python_differ_between_batches() -> None:
+    estimator = NeuralRatioEstimator(_with_generators_of_others, observed=["x"], vectorize="loop")
+    results = []
+    for num_workers in (1, 2):
+        torch.manual_seed(5)
+        new = estimator.simulate(12, batch_size=3, num_workers=num_workers, mp_context="fork")
+        results.append(new.observations["x"] - new.latents["theta"])
+    torch.testing.assert_close(*results)
+    assert len(results[0].unique()) == 12
+
+
+def test_a_model_is_looked_at_where_it_works() -> None:
+    def model() -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        if theta < 0.0:
+            raise RuntimeError("did not converge")
+        pyro.sample("noise", dist.Normal(0.0, 1.0))
+        pyro.deterministic("x", theta.sqrt())
+
+    for _ in range(5):
+        NeuralRatioEstimator(model, observed=["x"], nuisance=["noise"], vectorize="loop")
+
+    num_runs = 0
+
+    def never() -> None:
+        nonlocal num_runs
+        num_runs += 1
+        pyro.sample("theta", dist.Normal(0.0, 1.0))
+        raise RuntimeError("did not converge")
+
+    with pytest.raises(RuntimeError, match="did not converge"):
+        NeuralRatioEstimator(never, observed=["x"])
+    assert num_runs == 20
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_density_at_values_of_any_kind(kind: str) -> None:
+    def model() -> None:
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        p = pyro.sample("p", dist.Uniform(0.0, 1.0))
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("x", dist.Normal(rate + p + weights[0], 1.0))
+
+    estimator = make(kind, model, vectorize="loop")
+    simulations = estimator.simulate(200)
+    estimator.fit(num_epochs=1)
+    posterior = estimator.posterior(torch.tensor(1.0))
+    draws = {name: value[:6] for name, value in simulations.latents.items()}
+    expected = posterior.log_prob(draws)
+    grid = {name: value.reshape(2, 3, *value.shape[1:]) for name, value in draws.items()}
+    torch.testing.assert_close(posterior.log_prob(grid), expected.reshape(2, 3))
+    one = {name: value[0] for name, value in draws.items()}
+    torch.testing.assert_close(posterior.log_prob(one | {"other": 1.0}), expected[0])
+    single = {name: value.float() for name, value in draws.items()}
+    torch.testing.assert_close(posterior.log_prob(single), expected, atol=1e-3, rtol=1e-3)
+    for outside in ({"rate": -1.0}, {"p": 1.5}, {"weights": torch.tensor([0.5, 0.7, -0.2])}):
+        assert posterior.log_prob(one | outside) == -math.inf
+    with pytest.raises(ValueError, match=r"'weights' have shape \(2,\)"):
+        posterior.log_prob(one | {"weights": torch.tensor([0.2, 0.8])})
+    with pytest.raises(ValueError, match="different numbers"):
+        posterior.log_prob(draws | {"rate": torch.ones(4)})
+    with pytest.raises(ValueError, match="missing"):
+        posterior.log_prob({"rate": torch.tensor(1.0)})

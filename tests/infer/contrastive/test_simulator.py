@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -157,13 +158,59 @@ def _looks_at_values() -> None:
     pyro.deterministic("x", 2.0 * theta if theta > 0 else theta)
 
 
-@pytest.mark.parametrize("model", [_mixes_runs, _shares_noise, _looks_at_values])
+def _noise_of_numpy() -> None:
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(theta + np.random.normal(), 1.0))
+
+
+def _noise_without_a_batch() -> None:
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    if theta.isnan().any():  # which vmap cannot ask
+        raise ValueError("theta is NaN")
+    pyro.deterministic("x", theta + torch.randn(()))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [_mixes_runs, _shares_noise, _looks_at_values, _noise_of_numpy, _noise_without_a_batch],
+)
 def test_models_that_cannot_be_vectorised_run_one_by_one(model: Callable[[], None]) -> None:
     nuisance = ("noise",) if model is _shares_noise else ()
     with pytest.warns(VectorizationWarning, match="once per simulation"):
         simulator = _simulator(model, nuisance=nuisance)
     assert simulator.vectorize == "loop"
     assert simulator.simulate(simulator.draw_prior(4)).observations["x"].shape == (4,)
+
+
+def test_the_prior_is_vectorised_where_the_simulator_is_not() -> None:
+    num_runs = 0
+
+    def model() -> None:
+        nonlocal num_runs
+        num_runs += 1
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        pyro.deterministic("x", torch.tensor(float(rate) * float(weights[0])))
+
+    simulator = _simulator(model, "loop")
+    latents = simulator.draw_prior(100)
+    num_runs = 0
+    found = simulator.log_prior(latents)
+    assert num_runs == 1
+    values = constrain(latents, simulator.structure)
+    expected = dist.Gamma(2.0, 1.0).log_prob(values["rate"]) + math.log(2.0)
+    expected = expected + log_abs_det(latents, simulator.structure)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_prior_that_looks_at_values_is_scored_one_by_one() -> None:
+    def model() -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        other = pyro.sample("other", dist.Normal(0.0, 1.0 if theta > 0.0 else 2.0))
+        pyro.deterministic("x", theta + other)
+
+    found = _simulator(model, "loop").log_prior(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    torch.testing.assert_close(found[0] - found[1], torch.tensor(math.log(2.0)))
 
 
 def test_a_plate_around_a_model_for_one_run_fails() -> None:
