@@ -19,7 +19,7 @@ from .posterior import Posterior
 from .posteriors import RatioPosterior
 from .simulations import Simulations, join, make_simulations
 from .simulator import Simulator
-from .sites import constrain, unconstrain, without_transforms
+from .sites import constrain, is_inside, unconstrain, without_transforms
 from .workers import simulate_in_processes
 
 __all__ = ["CAUTIOUS_LEARNING_RATE", "ContrastiveEstimator"]
@@ -177,10 +177,19 @@ class ContrastiveEstimator(nn.Module):
         :param bool from_prior: whether the latents are draws from the model's prior. If not,
             they are taken for a further round.
         :returns: the new simulations.
-        :raises ValueError: if sites or shapes are not those of the model.
+        :raises ValueError: if sites or shapes are not those of the model, or latents are outside
+            of the prior's support.
         """
         round_index = 0 if from_prior else self._next_round()
         new = make_simulations(latents, observations, self.structure, round_index)
+        for site in self.structure.latents:
+            inside = is_inside(new.latents, self.structure._replace(latents=(site,)))
+            if not bool(inside.all()):
+                raise ValueError(
+                    f"Latent site {site.name!r} has {int((~inside).sum())} of {len(inside)} "
+                    f"values outside of its support {site.support}. Leave these rows out: there "
+                    "is no density there."
+                )
         self._check_failures(new, "")
         self.simulations = join(self.simulations, new)
         return new
@@ -376,7 +385,7 @@ class ContrastiveEstimator(nn.Module):
         num_contrasted, factor = self._num_contrasted(), self._effort()
         if batch_size is None:
             rows = factor * max(_MIN_BATCH, num_train // self.num_minibatches)
-            batch_size = max(_MIN_BATCH, num_contrasted, min(round(rows), num_train))
+            batch_size = max(num_contrasted, min(round(rows), num_train))
         _check_counts(batch_size=batch_size)
         if batch_size < num_contrasted:
             raise ValueError(

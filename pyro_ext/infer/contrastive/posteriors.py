@@ -67,6 +67,7 @@ class RatioPosterior(Posterior):
             result = temper(start, self.simulator.log_prior, self.log_ratio)
         return result.particles[torch.randperm(num, device=start.device)[:num_samples]]
 
+    @torch.enable_grad()
     def _nuts(
         self, num_samples: int, *, warmup_steps: int = 200, num_chains: int = 4, **options: Any
     ) -> Tensor:

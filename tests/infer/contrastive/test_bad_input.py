@@ -235,6 +235,22 @@ def test_simulations_from_elsewhere_that_do_not_fit() -> None:
         estimator.add_simulations(latents, {"x": torch.zeros(3, 2)})
 
 
+def test_latents_from_elsewhere_outside_of_the_support() -> None:
+    def model() -> None:
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        p = pyro.sample("p", dist.Uniform(0.0, 1.0))
+        pyro.sample("x", dist.Normal(rate + p, 1.0))
+
+    estimator = NeuralRatioEstimator(model, observed=["x"])
+    rate, p, x = torch.ones(3), torch.tensor([0.0, 0.5, 1.0]), {"x": torch.zeros(3)}
+    with pytest.raises(ValueError, match="'rate' has 1 of 3 values outside"):
+        estimator.add_simulations({"rate": p - 0.1, "p": p}, x)
+    with pytest.raises(ValueError, match="'p' has 2 of 3 values outside"):
+        estimator.add_simulations({"rate": rate, "p": 2.1 * p - 0.1}, x)
+    assert estimator.simulations is None
+    estimator.add_simulations({"rate": rate, "p": p}, x)
+
+
 def test_likelihoods_that_are_not_tractable() -> None:
     estimator = NeuralPosteriorEstimator(
         two_moons, observed=["x"], nuisance=["angle", "radius"], flow=SMALL_FLOW

@@ -302,6 +302,10 @@ def test_steps_of_a_fit_by_default() -> None:
     few.num_steps = 5
     few.simulate(150)
     assert len(few.fit().losses) == 5
+    hardly_any = make("posterior", linear_gaussian)
+    hardly_any.num_steps = 5
+    hardly_any.simulate(60)
+    assert len(hardly_any.fit().losses) == 5
 
 
 def test_single_precision(float32: None) -> None:
