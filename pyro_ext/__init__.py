@@ -7,6 +7,7 @@ from .diagnostics import deterministic_values as deterministic_values
 from .diagnostics import to_arviz as to_arviz
 from .distributions import AutoregressiveEnergyMachine as AutoregressiveEnergyMachine
 from .distributions import NeuralSplineFlow as NeuralSplineFlow
+from .distributions import ScoreFlow as ScoreFlow
 from .infer import APG as APG
 from .infer import MCMC as MCMC
 from .infer import AutoSplineFlow as AutoSplineFlow
@@ -35,6 +36,7 @@ __all__ = [
     "NeuralPosteriorEstimator",
     "NeuralRatioEstimator",
     "NeuralSplineFlow",
+    "ScoreFlow",
     "__version__",
     "condition_on",
     "deterministic_values",

@@ -84,7 +84,8 @@ def fit_density(
     Minibatches are cast to the dtype and moved to the device of the flow's parameters; the data
     may stay elsewhere. Every row is used at most once before all are shuffled again. If the flow
     has a method ``initialize(x)`` or ``initialize(x, context)``, for layers that start from data,
-    it is called once with the first minibatch before the first step.
+    it is called once with the first minibatch before the first step, unless ``is_initialized``
+    of the flow says that it was called before: a second fit goes on where the first one ended.
 
     Interrupted by Ctrl-C, it returns with a warning and keeps what was reached.
 
@@ -110,7 +111,7 @@ def fit_density(
     :param generator: draws the minibatches; torch's global generator when ``None``.
     :returns: the history of the fit.
     :raises ValueError: for data with NaN or infinite values or without rows, for rows that do not
-        match, for settings out of range, and for a checkpoint of other settings.
+        match, for settings out of range, and for a checkpoint of other settings or data.
     :raises TypeError: for data that are not floating-point tensors.
     :raises PyroExtError: after ten steps in a row whose loss or gradient was not finite.
 
@@ -151,6 +152,11 @@ def fit_density(
     )
     run = _Run(flow, optimizer, generator, settings)
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        if not path.parent.is_dir():
+            raise ValueError(f"checkpoint={str(path)!r}: there is no folder {path.parent}.")
+        # a fit that is done would otherwise answer for other data of the same size
+        settings["checksum of the data"] = data.checksum()
     was_training = flow.training
     flow.train()
     # Pyro shows no bars in continuous integration either
@@ -315,7 +321,7 @@ def _train(
 
 def _initialize(run: _Run, data: Data) -> None:
     initialize = getattr(run.flow, "initialize", None)
-    if initialize is None:
+    if initialize is None or getattr(run.flow, "is_initialized", False):
         return
     x, context = data.rows(run.next_batch(), run.parameter)
     takes_context = len(inspect.signature(initialize).parameters) > 1

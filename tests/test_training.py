@@ -320,6 +320,13 @@ def test_a_flow_is_initialized_once_with_a_minibatch() -> None:
     assert (flow.mean - 5.0).abs().max() < 2.0
 
 
+def test_a_flow_that_was_initialized_before_is_left_as_it_is() -> None:
+    flow = Initialized()
+    flow.is_initialized = True
+    fit(flow, torch.randn(40, 2), num_steps=1)
+    assert flow.calls == []
+
+
 def test_initialization_sees_the_context() -> None:
     flow = Initialized(context_features=3)
     fit(flow, torch.randn(40, 2), context=torch.randn(40, 3), num_steps=1, batch_size=8)
@@ -510,6 +517,22 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path: Path) -> None:
     message = r"num_steps was 3 and is 4, batch_size was 50 and is 40, rows .*another path"
     with pytest.raises(ValueError, match=message):
         fit(AffineGaussian(), x[:40], checkpoint=path, num_steps=4, batch_size=50)
+
+
+@pytest.mark.parametrize("changed", ["data", "context"])
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path, changed: str) -> None:
+    x, context = torch.randn(50, 2), torch.randn(50, 3)
+    settings = {"checkpoint": tmp_path / "fit.pt", "num_steps": 2}
+    expected = fit(AffineGaussian(2, 3), x, context=context, **settings)
+    same(expected, fit(AffineGaussian(2, 3), x.clone(), context=context, **settings))
+    (x if changed == "data" else context)[17, 1] += 1.0
+    with pytest.raises(ValueError, match=r"checksum of the data was \d+ and is .*another path"):
+        fit(AffineGaussian(2, 3), x, context=context, **settings)
+
+
+def test_a_checkpoint_without_a_folder_is_refused_before_the_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no folder"):
+        fit(AffineGaussian(), torch.randn(50, 2), checkpoint=tmp_path / "none" / "fit.pt")
 
 
 # --------------------------------------------------------------------------------------- bad input

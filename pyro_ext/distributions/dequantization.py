@@ -14,7 +14,6 @@ variational dequantisation (Ho et al. 2019).
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +34,7 @@ __all__ = [
 ]
 
 
-class Dequantization(nn.Module, ABC):
+class Dequantization(nn.Module):
     """
     A conditional density of the noise in (0, 1) that is added to integers.
 
@@ -49,7 +48,6 @@ class Dequantization(nn.Module, ABC):
             raise ValueError(f"levels must be at least 2, got {levels}")
         self.levels = int(levels)
 
-    @abstractmethod
     def noise(self, x: Tensor, event_dim: int, sample_shape: torch.Size) -> tuple[Tensor, Tensor]:
         """
         Draw noise for data, with gradients with respect to parameters.
@@ -61,6 +59,7 @@ class Dequantization(nn.Module, ABC):
         :returns: noise of shape ``sample_shape + x.shape``, and its log density of shape
             ``sample_shape + batch_shape``.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no noise.")
 
 
 class UniformDequantization(Dequantization):
@@ -326,6 +325,11 @@ class DequantizedFlow(nn.Module):
             with torch.no_grad():
                 values, _ = self(*context).dequantize(x, num_samples=1)
             initialize(values[0], *context)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether :meth:`initialize` has run, here or before the weights were saved."""
+        return bool(getattr(self.flow, "is_initialized", False))
 
 
 def bits_per_dimension(log_prob: Tensor, num_dimensions: int) -> Tensor:

@@ -151,6 +151,13 @@ class FlowDistribution(TorchDistribution):
         return self.base.log_prob(z)
 
     def _to_data(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        parameter = next(self.bijection.parameters(), z)
+        if z.dtype != parameter.dtype:
+            raise TypeError(
+                f"The base distribution draws numbers of {z.dtype} and the flow's parameters are "
+                f"of {parameter.dtype}: make it of tensors of that dtype. A distribution does not "
+                "follow `flow.to(...)`; a module that makes it in its call does."
+            )
         return self._apply(self.bijection.to_data, z, len(self.base.event_shape))
 
     def _apply(
@@ -224,6 +231,10 @@ class BijectionTransform(Transform):
     def inv(self) -> Transform:
         """From data to noise."""
         return BijectionTransform(Inverse(self.bijection), self.context)
+
+    def with_cache(self, cache_size: int = 1) -> BijectionTransform:
+        """Itself: what it was called on is not kept, since parameters may have changed since."""
+        return self
 
     def __repr__(self) -> str:
         return f"BijectionTransform({type(self.bijection).__name__})"

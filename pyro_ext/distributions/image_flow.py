@@ -172,6 +172,11 @@ class ImageSplineFlow(nn.Module):
             )
         initialize(self.bijection, x, self._flat_context(context))
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether :meth:`initialize` has run, here or before the weights were saved."""
+        return all(bool(m.initialized) for m in self.modules() if isinstance(m, ActNorm))
+
     def _noise(self, context: Tensor | None) -> TorchDistribution:
         size = math.prod(self.image_shape)
         base = self.base

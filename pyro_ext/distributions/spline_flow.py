@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..nn import ResidualNetwork, ResMADE
-from .flow import FlowDistribution, check_precision
+from .context import ContextScale
+from .flow import FlowDistribution
 from .transforms import (
     Additive,
     Affine,
@@ -62,7 +63,7 @@ class NeuralSplineFlow(nn.Module):
     With ``inverse=True`` it is the other way round, as a guide wants it.
 
     The splines act on [-bound, bound]: data should have about unit scale.
-    :meth:`initialize` takes mean and scale from the data, and
+    :meth:`initialize` takes mean and scale from the data, and those of contexts, and
     :func:`~pyro_ext.training.fit_density` calls it.
 
     :param int features: number of features D.
@@ -81,7 +82,8 @@ class NeuralSplineFlow(nn.Module):
     :param box: ``(low, high)``, numbers or tensors of shape ``(features,)``: the data lie in this
         box, the noise is uniform, and permutations take the place of the linear maps.
     :param base: distribution of the noise, with ``event_shape == (features,)``, or a function of
-        the context that returns one, for example a module; standard normal by default.
+        the context that returns one, for example a module; standard normal by default. A
+        distribution does not follow ``flow.to(...)``.
     :param bool compile: run coupling and autoregressive layers as native code, made by
         :func:`torch.compile` at the first call, which then takes some ten seconds, and needs a
         C++ compiler on the machine. Pays off in training runs of minutes and longer.
@@ -141,6 +143,7 @@ class NeuralSplineFlow(nn.Module):
         self._box = None if box is None else _check_box(box, features)
         self.bijection = Composite([_first(self._box, features), *layers], compile=compile)
         self.register_buffer("_loc", torch.zeros(features), persistent=False)
+        self.context_scale = ContextScale(context_features, self._loc)
         self.base = base
 
     def extra_repr(self) -> str:
@@ -156,21 +159,32 @@ class NeuralSplineFlow(nn.Module):
         :raises ValueError: if the context is missing, not expected or of the wrong size.
         :raises TypeError: if the context is of higher precision than the parameters.
         """
-        self._check_context(context)
-        return FlowDistribution(
-            self.bijection, self._noise(context), context, support=self._support()
-        )
+        self.context_scale.check(context)
+        noise = self._noise(context)
+        if context is not None:
+            context = self.context_scale(context)
+        return FlowDistribution(self.bijection, noise, context, support=self._support())
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """
-        Take mean and scale of the data into the first layer; in a box nothing has to be done.
+        Take mean and scale of the data into the first layer, except in a box; and of contexts.
 
         :param Tensor x: data, shape ``(n, features)``.
-        :param Tensor context: not used.
+        :param Tensor context: their contexts, shape ``(n, context_features)``.
         """
-        first = self.bijection.bijections[0]
-        if self._box is None and isinstance(first, Standardize):
-            first.initialize(x)
+        self.context_scale.initialize(context)
+        if self._box is None:
+            self._first.initialize(x)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether :meth:`initialize` has run, here or before the weights were saved."""
+        return self._first.is_initialized and self.context_scale.is_initialized
+
+    @property
+    def _first(self) -> Standardize:
+        """The layer next to the data."""
+        return cast(Standardize, self.bijection.bijections[0])
 
     def _noise(self, context: Tensor | None) -> dist.TorchDistribution:
         base = self.base
@@ -190,32 +204,13 @@ class NeuralSplineFlow(nn.Module):
         return base
 
     def _support(self) -> constraints.Constraint:
-        first = self.bijection.bijections[0]
-        if self._box is None or not isinstance(first, Standardize):
+        if self._box is None:
             return constraints.real_vector
+        first = self._first
         # The ends as given may be a rounding error outside of those computed here.
         slack = torch.finfo(first.loc.dtype).eps * (first.loc.abs() + first.scale)
         low, high = first.loc - slack, first.loc + first.scale + slack
         return constraints.independent(constraints.interval(low, high), 1)
-
-    def _check_context(self, context: Tensor | None) -> None:
-        if context is None and self.context_features:
-            raise ValueError(
-                f"This flow is conditional: call it with a context of shape "
-                f"(..., {self.context_features})."
-            )
-        if context is not None and not self.context_features:
-            raise ValueError(
-                f"This flow has no context, but was called with one of shape "
-                f"{tuple(context.shape)}; make it with context_features > 0."
-            )
-        if context is not None and context.shape[-1:] != (self.context_features,):
-            raise ValueError(
-                f"The context has shape {tuple(context.shape)}; its last dimension has to be "
-                f"context_features={self.context_features}."
-            )
-        if context is not None:
-            check_precision("context", context, self.bijection)
 
 
 def _elementwise_map(

@@ -6,8 +6,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import ComposeTransform
 
-from pyro_ext.distributions import FlowDistribution
+from pyro_ext.distributions import FlowDistribution, NeuralSplineFlow
 from pyro_ext.distributions.flow import BijectionTransform
 from pyro_ext.distributions.transforms import (
     Bijection,
@@ -212,3 +213,22 @@ def test_affine_flows_of_normal_noise_are_normal() -> None:
     draws = flow.sample((100_000,))
     torch.testing.assert_close(draws.mean(0), loc, rtol=0, atol=0.03)
     torch.testing.assert_close(draws.t().cov(), exact.covariance_matrix, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("draw", ["sample", "rsample", "rsample_and_log_prob"])
+def test_a_base_of_another_dtype_is_named(draw: str) -> None:
+    base = dist.StudentT(torch.full((2,), 3.0)).to_event(1)
+    flow = NeuralSplineFlow(2, transforms=1, hidden_features=4, base=base).float()
+    with pytest.raises(TypeError, match=r"base .* of torch.float64 .* of torch.float32"):
+        getattr(flow(), draw)((5,))
+
+
+def test_transforms_in_a_composition_with_a_cache() -> None:
+    """What Pyro and torch do to transforms of any kind; ours keep nothing."""
+    flow = NeuralSplineFlow(2, transforms=1, hidden_features=4)
+    composed, z = ComposeTransform(flow().transforms), torch.randn(5, 2)
+    cached = composed.with_cache()
+    torch.testing.assert_close(cached(z), composed(z))
+    with torch.no_grad():
+        flow.bijection.bijections[-1].bias += 1.0
+    torch.testing.assert_close(cached.inv(cached(z)), z)

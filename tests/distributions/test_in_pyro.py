@@ -11,8 +11,10 @@ import torch
 from pyro import poutine
 from pyro.infer import HMC, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.discrete import infer_discrete
+from pyro.nn import PyroModule, PyroSample
+from pyro.nn.module import to_pyro_module_
 from pyro.params.param_store import ParamStoreDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_ext.distributions import FlowDistribution, NeuralSplineFlow
@@ -470,3 +472,37 @@ def test_call_returns_a_distribution_of_pyro() -> None:
     posterior = _flow()()
     assert isinstance(posterior, FlowDistribution)
     assert isinstance(posterior, dist.TorchDistribution)
+
+
+# --- Bayesian networks ---------------------------------------------------------------------------
+
+
+def _lift(flow: nn.Module, scale: float) -> None:
+    """Give every parameter of a flow a prior around its value."""
+    to_pyro_module_(flow)
+    for module in list(flow.modules()):
+        for name, value in list(module.named_parameters(recurse=False)):
+            prior = dist.Normal(value.detach().clone(), scale).to_event(value.dim())
+            setattr(module, name, PyroSample(prior))
+
+
+@pytest.mark.parametrize("kind", [KINDS["coupling"], KINDS["autoregressive"]], ids=str)
+def test_a_flow_whose_parameters_have_priors(kind: dict[str, Any]) -> None:
+    flow, x = _flow(**kind), _crescent(10)
+    expected = flow().log_prob(x).sum()
+    _lift(flow, 1e-9)
+
+    class Model(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x: Tensor) -> None:
+            # weights are read where the density is evaluated, which has to be inside of the model
+            pyro.factor("x", self.flow().log_prob(x).sum())
+
+    trace = poutine.trace(Model()).get_trace(x)
+    trace.compute_log_prob()
+    sites = [name for name in trace.nodes if name.startswith("flow.bijection.bijections.")]
+    assert len(sites) == len(list(_flow(**kind).parameters()))
+    torch.testing.assert_close(trace.nodes["x"]["log_prob_sum"], expected, rtol=0, atol=1e-5)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ...errors import DiscreteDataWarning
+from ..flow import check_precision
 from .bound import Elbo, elbo
 from .flow_ode import Flowed, flow
 from .guidance import Likelihood, classifier_free, with_likelihood
@@ -117,8 +118,8 @@ class ScoreFlowDistribution(TorchDistribution):
         :param changes: fields of :class:`~.OdeSettings` to be changed for this call, such as
             ``rtol=1e-7`` or ``trace="exact"``.
         :returns: shape ``sample_shape + batch_shape``.
-        :raises TypeError: if the values are no floating-point numbers, or there is no such
-            setting.
+        :raises TypeError: if the values are no floating-point numbers, or of higher precision than
+            the parameters, or there is no such setting.
         :raises ValueError: if a setting is out of range, or validation is on and the value not
             in the support.
         :raises PyroExtError: if a solution needs too many evaluations, or scores are not finite.
@@ -377,6 +378,7 @@ class ScoreFlowDistribution(TorchDistribution):
     def _rows(self, value: Tensor) -> tuple[torch.Size, Tensor, Tensor | None]:
         """The shape of the result, and the values and contexts as rows."""
         check_data("value", value, self.event_shape)
+        check_precision("value", value, cast(nn.Module, self.module))
         if self._validate_args and value.numel():
             self._validate_sample(value)
         event_dim = len(self.event_shape)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...nn import ScoreNetwork, UNet
+from ..context import ContextScale
 from ..flow import check_precision
+from ..transforms.standardize import mean_and_scale
 from .bound import training_errors
 from .distribution import ScoreFlowDistribution, check_data
 from .score import PARAMETRIZATIONS, NoiseLevel, Score, evaluate_score
@@ -38,9 +40,10 @@ class ScoreFlow(nn.Module):
     :param event_shape: number of features of a vector, or the shape ``(channels, height,
         width)`` of an image.
     :param nn.Module score_net: called with x of shape ``(n,) + event_shape``, t of shape
-        ``(n,)``, and the context of shape ``(n, context_features)`` or ``None``; returns the
-        shape of x. By default a :class:`~pyro_ext.nn.ScoreNetwork` for vectors, and a
-        :class:`~pyro_ext.nn.UNet` for images.
+        ``(n,)``, and the context of shape ``(n, context_features)`` or ``None``, standardised
+        unless it is of integers; returns the shape of x. By default a
+        :class:`~pyro_ext.nn.ScoreNetwork` for vectors, and a :class:`~pyro_ext.nn.UNet` for
+        images.
     :param sde: the diffusion: "vp", "subvp", "ve", or an
         :class:`~pyro_ext.distributions.diffusion.SDE` with settings of your own.
     :param str parametrization: what the output of the network is: ``"velocity"``,
@@ -113,6 +116,7 @@ class ScoreFlow(nn.Module):
         like = next(score_net.parameters(), torch.zeros(()))
         self.register_buffer("loc", like.new_zeros(shape).detach())
         self.register_buffer("scale", like.new_ones(shape).detach())
+        self.context_scale = ContextScale(self.context_features, self.loc)
 
     def forward(self, context: Tensor | None = None) -> ScoreFlowDistribution:
         """
@@ -122,28 +126,33 @@ class ScoreFlow(nn.Module):
         :returns: a distribution with the event shape of the data.
         :raises ValueError: if a context is missing, not expected, or has the wrong shape.
         """
-        self._check_context(context)
+        self.context_scale.check(context)
         return ScoreFlowDistribution(self, context)
 
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """
         Take shift and scale from data: of every feature of vectors, and channel of images.
 
         :param Tensor x: data, shape ``(n,) + event_shape``.
+        :param Tensor context: their contexts, shape ``(n, context_features)``, which are
+            standardised too.
         :raises ValueError: if the shape is wrong, or values are not finite.
         """
         self._check(x)
         if not len(x):
             raise ValueError("data without rows cannot tell shift and scale")
-        if not bool(x.isfinite().all()):
-            raise ValueError(
-                f"{int((~x.isfinite()).sum())} of the numbers in the data are not finite: "
-                "remove or replace them"
-            )
-        others = [dim for dim in range(x.dim()) if dim != 1]
-        std = x.std(others, correction=0)
-        self.loc.copy_(x.mean(others).reshape(self.loc.shape))
-        self.scale.copy_(torch.where(std > 0, std, 1.0).reshape(self.scale.shape))
+        self.context_scale.initialize(context)
+        loc, scale = mean_and_scale(x.movedim(1, -1).flatten(0, -2))
+        self.loc.copy_(loc.reshape(self.loc.shape))
+        self.scale.copy_(scale.reshape(self.scale.shape))
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether :meth:`initialize` has run, here or before the weights were saved."""
+        return (
+            bool((self.loc != 0).any() or (self.scale != 1).any())
+            and self.context_scale.is_initialized
+        )
 
     def training_loss(
         self,
@@ -195,7 +204,7 @@ class ScoreFlow(nn.Module):
         if weighting not in ("likelihood", "original"):
             raise ValueError(f"weighting must be 'likelihood' or 'original', got {weighting!r}")
         self._check(x)
-        self._check_context(context)
+        self.context_scale.check(context)
         if context is not None and context.shape[:-1] != x.shape[:1]:
             raise ValueError(
                 f"context has shape {tuple(context.shape)}, but there are {len(x)} data"
@@ -217,6 +226,8 @@ class ScoreFlow(nn.Module):
 
         def score(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             some = None if context is None else context[rows]
+            if some is not None and some.is_floating_point():
+                some = self.context_scale(some)
             if dropout:
                 if some is None:
                     some = x.new_zeros(len(x), self.context_features)
@@ -262,19 +273,6 @@ class ScoreFlow(nn.Module):
                 "is needed."
             )
         check_precision("data", x, self)
-
-    def _check_context(self, context: Tensor | None) -> None:
-        if (context is None) != (self.context_features == 0):
-            raise ValueError(
-                f"context_features={self.context_features}, but the context is "
-                f"{None if context is None else tuple(context.shape)}: pass one of shape "
-                "(..., context_features) if there are any, and none otherwise."
-            )
-        if context is not None and context.shape[-1:] != (self.context_features,):
-            raise ValueError(
-                f"The context has shape {tuple(context.shape)}; its last dimension has to be "
-                f"context_features={self.context_features}."
-            )
 
 
 def _checked_shape(event_shape: int | Sequence[int]) -> torch.Size:

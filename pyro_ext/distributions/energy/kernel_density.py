@@ -185,6 +185,8 @@ class KernelDensityAEM(nn.Module):
             uniform = torch.rand_like(kernel)
             return torch.where(uniform < self.proposal_weight[feature], from_proposal, kernel)
 
+        if context is not None:
+            context = self.machine.context_scale(context)
         z = sampler.draw(self.network, self.machine._from_parameters, num_rows, context, draw_one)
         return self.machine.standardize.to_data(z)[0]
 

@@ -12,6 +12,7 @@ from torch.distributions import Distribution, Uniform, constraints
 
 from ...nn import EnergyNetwork, ResMADE
 from ...nn.fourier import MaskedFourierLinear
+from ..context import ContextScale
 from ..flow import check_precision
 from ..transforms import Standardize
 from . import sampler
@@ -144,6 +145,7 @@ class AutoregressiveEnergyMachine(nn.Module):
             raise ValueError("reference='broad' goes with proposal='gaussian_mixture' only.")
         loc, scale = box_of(self._fixed, features)
         self.standardize = Standardize(loc, scale)
+        self.context_scale = ContextScale(context_features, loc)
         size = energy_context + (3 * mixture_components if self._fixed is None else 0)
         self.network = ResMADE(
             features,
@@ -183,7 +185,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         :raises ValueError: if the context is missing, not expected or of the wrong size.
         :raises TypeError: if the context is of higher precision than the parameters.
         """
-        self._check_context(context)
+        self.context_scale.check(context)
         return EnergyMachineDistribution(self, context)
 
     @property
@@ -198,14 +200,21 @@ class AutoregressiveEnergyMachine(nn.Module):
             return constraints.independent(interval, 1)
         return constraints.independent(self._fixed.support, 1)
 
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """
-        Take mean and scale of the data, unless the proposal is fixed.
+        Take mean and scale of the data, unless the proposal is fixed, and of contexts.
 
         :param Tensor x: data, shape ``(n, features)``.
+        :param Tensor context: their contexts, shape ``(n, context_features)``.
         """
+        self.context_scale.initialize(context)
         if self._fixed is None:
             self.standardize.initialize(x)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether :meth:`initialize` has run, here or before the weights were saved."""
+        return self.standardize.is_initialized and self.context_scale.is_initialized
 
     @contextmanager
     def evaluation(
@@ -250,7 +259,7 @@ class AutoregressiveEnergyMachine(nn.Module):
         :raises TypeError: for data that are not floating-point numbers of the parameters' dtype.
         """
         self._check_data(x)
-        self._check_context(context)
+        self.context_scale.check(context)
         z, log_det = self.standardize.to_noise(x)
         conditionals = self._conditionals(z, context)
         z = z.reshape(-1)
@@ -350,6 +359,8 @@ class AutoregressiveEnergyMachine(nn.Module):
                 return sampler.inverse_of_trapezoids(conditionals, num_draws)
             return sampler.resample(conditionals, num_draws, settings.num_proposals)
 
+        if context is not None:
+            context = self.context_scale(context)
         z = sampler.draw(self.network, self._from_parameters, num_rows, context, draw_one)
         return self.standardize.to_data(z)[0]
 
@@ -377,6 +388,8 @@ class AutoregressiveEnergyMachine(nn.Module):
         return log_p.reshape(rows.shape).sum(-1) + log_det
 
     def _conditionals(self, z: Tensor, context: Tensor | None) -> Conditionals:
+        if context is not None:
+            context = self.context_scale(context)
         return self._from_parameters(self.network(z, context).flatten(0, 1))
 
     def _from_parameters(self, parameters: Tensor) -> Conditionals:
@@ -450,19 +463,3 @@ class AutoregressiveEnergyMachine(nn.Module):
             f"{self._fixed}, for example {float(x[row, feature]):.6g} in row {row}, feature "
             f"{feature}: give a wider one, or proposal='gaussian_mixture'."
         )
-
-    def _check_context(self, context: Tensor | None) -> None:
-        if (context is None) != (self.context_features == 0):
-            raise ValueError(
-                f"context_features={self.context_features}, but the context is "
-                f"{None if context is None else tuple(context.shape)}: pass one of shape "
-                "(..., context_features) if there are any, and none otherwise."
-            )
-        if context is None:
-            return
-        if context.shape[-1:] != (self.context_features,):
-            raise ValueError(
-                f"The context has shape {tuple(context.shape)}; its last dimension has to be "
-                f"context_features={self.context_features}."
-            )
-        check_precision("context", context, self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
@@ -13,7 +12,7 @@ from .compilation import CompiledLayers, can_compile
 __all__ = ["Bijection", "Composite", "Inverse"]
 
 
-class Bijection(nn.Module, ABC):
+class Bijection(nn.Module):
     """
     An invertible map between data and noise, with trainable parameters and perhaps a context.
 
@@ -21,6 +20,8 @@ class Bijection(nn.Module, ABC):
     Both directions return the value and the log-determinant in one pass. A context has shape
     ``batch_shape + (context_features,)``; its ``batch_shape`` broadcasts against that of the
     values, so that a context shared by many values is processed once.
+
+    (No abstract base class: its metaclass would not go with that of ``PyroModule``.)
     """
 
     event_dim: int = 1
@@ -35,7 +36,6 @@ class Bijection(nn.Module, ABC):
     is_compiled_with_next: bool = False
     """Whether ``to_noise`` gains from being compiled together with the layer that follows."""
 
-    @abstractmethod
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
         Map data to noise.
@@ -44,8 +44,8 @@ class Bijection(nn.Module, ABC):
         :param Tensor context: shape ``batch_shape + (context_features,)``, or broadcastable.
         :returns: the noise, and ``log |det dz/dx|`` of shape ``batch_shape``.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no to_noise.")
 
-    @abstractmethod
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
         Map noise to data, the exact inverse of :meth:`to_noise`.
@@ -54,6 +54,7 @@ class Bijection(nn.Module, ABC):
         :param Tensor context: shape ``batch_shape + (context_features,)``, or broadcastable.
         :returns: the data, and ``log |det dx/dz|`` of shape ``batch_shape``.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no to_data.")
 
 
 class Composite(Bijection):

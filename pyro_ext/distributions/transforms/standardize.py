@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .bijection import Bijection
 
-__all__ = ["ShiftAndScale", "Standardize"]
+__all__ = ["ShiftAndScale", "Standardize", "mean_and_scale"]
 
 
 class Standardize(Bijection):
@@ -45,14 +45,14 @@ class Standardize(Bijection):
                 f"Data of shape {tuple(x.shape)} cannot tell mean and scale: give shape "
                 f"(n, {self.loc.numel()}) with at least one row."
             )
-        if not bool(x.isfinite().all()):
-            raise ValueError(
-                f"{int((~x.isfinite()).sum())} of the numbers in the data are not finite: "
-                "remove or replace them."
-            )
-        scale = x.std(0, correction=0)
-        self.loc.copy_(x.mean(0))
-        self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+        loc, scale = mean_and_scale(x)
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer is not the identity."""
+        return bool((self.loc != 0).any() or (self.scale != 1).any())
 
     def to_noise(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Bijection.to_noise`."""
@@ -61,6 +61,26 @@ class Standardize(Bijection):
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Bijection.to_data`."""
         return z * self.scale + self.loc, self.scale.log().sum().expand(z.shape[:-1])
+
+
+def mean_and_scale(x: Tensor, name: str = "data") -> tuple[Tensor, Tensor]:
+    """
+    Mean and standard deviation of each feature; 1 for the latter where a feature is constant.
+
+    :param Tensor x: shape ``(n, features)``.
+    :param str name: what they are, for the message.
+    :returns: both, of shape ``(features,)``.
+    :raises ValueError: if numbers are not finite.
+    """
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            f"{int((~x.isfinite()).sum())} of the numbers in the {name} are not finite: remove or "
+            "replace them."
+        )
+    scale = x.std(0, correction=0)
+    # rounding may leave a constant a deviation that is not quite zero, or make a small one zero
+    has_scale = (scale > 0) & (x != x[:1]).any(0)
+    return x.mean(0), torch.where(has_scale, scale, 1.0)
 
 
 class ShiftAndScale(Bijection):
