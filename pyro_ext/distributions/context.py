@@ -72,7 +72,7 @@ class ContextScale(nn.Module):
         if context is None:
             if self.features:
                 raise ValueError(
-                    f"context_features={self.features}, but the context is None: this density is "
+                    f"context_features={self.features}, but the context is None. This density is "
                     f"conditional: call it with a context of shape (..., {self.features})."
                 )
             return
@@ -80,8 +80,8 @@ class ContextScale(nn.Module):
             raise TypeError(f"The context is a {type(context).__name__}: give a tensor.")
         if not self.features:
             raise ValueError(
-                f"context_features=0, but the context is of shape {tuple(context.shape)}: this "
-                "density has no context; make it with context_features > 0, or give none."
+                "This density has no context (context_features=0), but the context is of shape "
+                f"{tuple(context.shape)}; make it with context_features > 0, or give none."
             )
         if context.shape[-1:] != (self.features,):
             raise ValueError(
