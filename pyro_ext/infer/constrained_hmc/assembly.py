@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import VectorizationWarning
 from ...ops.recording import RecordedFunction, RecordingError, record
 from .dynamics.projection import Tolerances
 from .guard import GuardedSystem
+from .jacobian.forward import forward_product
 from .jacobian.sparsity import Pattern, find_pattern, merge_patterns
 from .jacobian.structure import is_small
 from .model.constrained_model import ConstrainedModel
@@ -310,7 +312,7 @@ def can_differentiate_forwards(constraint: ScalarFunction, point: Tensor) -> boo
     if "forward" not in possible_modes(num_constraints, len(point), "auto"):
         return False
     try:
-        vmap(lambda u, v: jvp(constraint, (u,), (v,))[1])(u, torch.ones_like(u))
+        vmap(partial(forward_product, constraint))(u, torch.ones_like(u))
     except (RuntimeError, NotImplementedError):  # an operation without a forward derivative
         return False
     return True

@@ -491,6 +491,23 @@ def test_single_precision_runs_within_its_tolerance() -> None:
     assert accepted.double().mean() > 0.5
 
 
+@pytest.mark.usefixtures("float32")
+def test_single_precision_runs_with_scalars_and_numbers() -> None:
+    """Whose forward derivatives PyTorch returns in double precision."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        pyro.deterministic("y", 2.0 * z[0] + z[1] * z[2])
+
+    with pytest.warns(PrecisionWarning):
+        _, samples = run(model, {"y": torch.tensor(1.2)}, num_samples=5, warmup_steps=5)
+    z = samples["z"]
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(
+        2 * z[..., 0] + z[..., 1] * z[..., 2], torch.full(z.shape[:-1], 1.2), rtol=0, atol=5e-4
+    )
+
+
 def test_chains_without_a_start_of_their_own_borrow_one() -> None:
     """A chain that the given value leads astray and whose other draws fail is reported."""
 

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import vjp, vmap
 
 from .coloring import greedy_coloring
+from .forward import forward_product
 from .partition import BlockPartition
 from .sparsity import Pattern
 
@@ -50,7 +51,7 @@ class Compression:
         def compressed(u: Tensor) -> Tensor:
             parts = []
             if len(self.forward_seeds) > 0:
-                tangents = vmap(lambda seed: jvp(constraint, (u,), (seed,))[1])
+                tangents = vmap(lambda seed: forward_product(constraint, u, seed))
                 parts.append(tangents(self.forward_seeds).flatten())
             if len(self.reverse_seeds) > 0:
                 pullback = vjp(constraint, u)[1]

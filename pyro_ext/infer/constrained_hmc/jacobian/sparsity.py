@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from .coloring import greedy_coloring
+from .forward import forward_product
 
 __all__ = ["Pattern", "find_pattern", "merge_patterns"]
 
@@ -178,7 +179,7 @@ def _tangents(constraint: Callable[[Tensor], Tensor], points: Tensor, seeds: Ten
     """Products with some vectors, shape ``(points, seeds, num_constraints)``."""
 
     def single(u: Tensor) -> Tensor:
-        return vmap(lambda seed: jvp(constraint, (u,), (seed,))[1])(seeds.to(u))
+        return vmap(lambda seed: forward_product(constraint, u, seed))(seeds.to(u))
 
     result: Tensor = vmap(single)(points)
     return result

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import jacfwd, jacrev
+from torch.func import jacrev
 
+from .forward import forward_jacobian
 from .sparsity import Pattern
 
 __all__ = [
@@ -152,7 +153,7 @@ class DenseStructure:
 
     def derivatives(self, constraint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """See :meth:`Structure.derivatives`."""
-        return jacfwd(constraint) if self.mode == "forward" else jacrev(constraint)
+        return forward_jacobian(constraint) if self.mode == "forward" else jacrev(constraint)
 
     def factorize(self, derivatives: Tensor, scale: Tensor) -> DenseJacobian:
         """See :meth:`Structure.factorize`."""

@@ -26,9 +26,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import jacfwd, jacrev
+from torch.func import jacrev
 
 from .block_algebra import inverse_cholesky, multiply, sum_of_outer_products
+from .forward import forward_jacobian
 from .sparsity import Pattern
 from .triangle import Triangle
 
@@ -150,7 +151,7 @@ class TriangularStructure:
 
     def derivatives(self, constraint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """See :meth:`.structure.Structure.derivatives`."""
-        return jacfwd(constraint) if self.mode == "forward" else jacrev(constraint)
+        return forward_jacobian(constraint) if self.mode == "forward" else jacrev(constraint)
 
     def factorize(self, derivatives: Tensor, scale: Tensor) -> TriangularJacobian:
         """See :meth:`.structure.Structure.factorize`."""

@@ -11,12 +11,14 @@ is
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import vjp, vmap
 
+from ..jacobian.forward import forward_product
 from ..jacobian.structure import DenseStructure, Jacobian, Structure
 
 __all__ = [
@@ -102,8 +104,8 @@ class ConstrainedSystem:
         derivatives = derivatives or self.structure.derivatives(constraint)
         self._derivatives: ScalarFunction = batch(derivatives)
         self._potential: ScalarFunction = batch(potential)
-        products = _reverse_product if self.structure.mode == "reverse" else _forward_product
-        self._products = vmap(products(constraint))
+        product = _reverse_product if self.structure.mode == "reverse" else forward_product
+        self._products = vmap(partial(product, constraint))
 
     def constraint(self, position: Tensor, scale: Tensor) -> Tensor:
         """
@@ -189,24 +191,12 @@ def total_energy(point: Point, momentum: Tensor) -> Tensor:
     return point.energy + 0.5 * momentum.square().sum(-1)
 
 
-def _forward_product(constraint: ScalarFunction) -> Callable[[Tensor, Tensor], Tensor]:
-    def product(u: Tensor, v: Tensor) -> Tensor:
-        result: Tensor = jvp(constraint, (u,), (v,))[1]
-        return result
-
-    return product
-
-
-def _reverse_product(constraint: ScalarFunction) -> Callable[[Tensor, Tensor], Tensor]:
+def _reverse_product(constraint: ScalarFunction, u: Tensor, vector: Tensor) -> Tensor:
     """By the transpose of the transpose, for operations without a forward derivative."""
-
-    def product(u: Tensor, v: Tensor) -> Tensor:
-        outputs, pullback = vjp(constraint, u)[:2]
-        transposed = vjp(lambda cotangent: pullback(cotangent)[0], torch.zeros_like(outputs))[1]
-        result: Tensor = transposed(v)[0]
-        return result
-
-    return product
+    outputs, pullback = vjp(constraint, u)[:2]
+    transposed = vjp(lambda cotangent: pullback(cotangent)[0], torch.zeros_like(outputs))[1]
+    result: Tensor = transposed(vector)[0]
+    return result
 
 
 def _loop(function: ScalarFunction) -> ScalarFunction:
