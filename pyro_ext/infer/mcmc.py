@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import pyro
@@ -98,6 +99,13 @@ class MCMC:
                 f"{type(kernel).__name__} cannot vectorise chains; use chain_method='parallel' or "
                 "'sequential'."
             )
+        for name, number in (
+            ("num_samples", num_samples),
+            ("warmup_steps", warmup_steps),
+            ("num_chains", num_chains),
+        ):
+            if not isinstance(number, Integral | None):
+                raise ValueError(f"{name} must be a whole number, got {number!r}.")
         if num_samples < 1 or num_chains < 1:
             raise ValueError(
                 f"num_samples and num_chains must be at least 1, got {num_samples} and "
@@ -117,7 +125,7 @@ class MCMC:
         self._disable_progbar = disable_progbar
         self._disable_validation = disable_validation
         # draws are stored in one order and read back in another, so the order is fixed here
-        self._save_params = None if save_params is None else sorted(save_params)
+        self._save_params = None if save_params is None else sorted(_names_of(save_params))
         self._samples: dict[str, Tensor] | None = None
         self._diagnostics: list[dict[str, Any]] = []
         self._args: tuple[Any, ...] = ()
@@ -185,13 +193,16 @@ class MCMC:
 
         :param float prob: probability mass of the interval.
         :param sites: names of the sites to show, for models with many numbers; all when ``None``.
-        :raises ValueError: if a name is not among the draws.
+        :raises ValueError: if a name is not among the draws, or ``prob`` not between 0 and 1.
         """
         samples = self._drawn()
+        if not 0 < prob < 1:
+            raise ValueError(f"prob must lie in (0, 1), got {prob}.")
         if sites is not None:
-            if unknown := sorted(set(sites) - samples.keys()):
+            names = _names_of(sites)
+            if unknown := sorted(set(names) - samples.keys()):
                 raise ValueError(f"There are no draws of {unknown}, only of {sorted(samples)}.")
-            samples = {name: samples[name] for name in sites}
+            samples = {name: samples[name] for name in names}
         print(summary_table(samples, prob))
         divergences = [len(chain.get("divergences", ())) for chain in self._diagnostics]
         print(f"Number of divergences: {sum(divergences)}")
@@ -314,15 +325,21 @@ def _with_chain_axis(
 ) -> dict[str, Tensor] | None:
     if initial_params is None:
         return None
+    values = {name: torch.as_tensor(value) for name, value in initial_params.items()}
     if num_chains == 1:
-        return {name: value.unsqueeze(0) for name, value in initial_params.items()}
-    for name, value in initial_params.items():
+        return {name: value.unsqueeze(0) for name, value in values.items()}
+    for name, value in values.items():
         if value.shape[:1] != (num_chains,):
             raise ValueError(
                 f"initial_params[{name!r}] has shape {tuple(value.shape)}; its first dimension "
                 f"must be the number of chains, {num_chains}."
             )
-    return dict(initial_params)
+    return values
+
+
+def _names_of(sites: Sequence[str]) -> Sequence[str]:
+    """One name alone is meant as a list of it, not as its letters."""
+    return [sites] if isinstance(sites, str) else sites
 
 
 def _even_out(draws: dict[str, list[Tensor]]) -> None:

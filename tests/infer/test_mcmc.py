@@ -68,8 +68,8 @@ def test_draws_after_warm_up_are_kept_in_order() -> None:
     assert kernel.cleanups == 1
 
 
-@pytest.mark.parametrize("names", [["b", "a"], ["a", "b"], ["b"]], ids=str)
-def test_saved_sites_keep_their_values_in_any_order(names: list[str]) -> None:
+@pytest.mark.parametrize("names", [["b", "a"], ["a", "b"], ["b"], "b"], ids=str)
+def test_saved_sites_keep_their_values_in_any_order(names: str | list[str]) -> None:
     _, mcmc = count(save_params=names)
     samples = mcmc.get_samples()
     assert set(samples) == set(names)
@@ -182,6 +182,10 @@ def test_the_printed_summary_of_some_sites(capsys: pytest.CaptureFixture[str]) -
     assert "a" not in names
     with pytest.raises(ValueError, match=r"no draws of \['c'\], only of \['a', 'b'\]"):
         mcmc.summary(sites=["b", "c"])
+    with pytest.raises(ValueError, match=r"no draws of \['ab'\]"):
+        mcmc.summary(sites="ab")
+    with pytest.raises(ValueError, match=r"prob must lie in \(0, 1\), got 90"):
+        mcmc.summary(prob=90)
 
 
 @pytest.mark.parametrize("method", ["get_samples", "diagnostics", "summary"])

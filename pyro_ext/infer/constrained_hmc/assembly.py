@@ -90,11 +90,13 @@ def assemble(model: ConstrainedModel, preferences: Preferences) -> Assembly:
         :data:`STRUCTURES`.
     :returns: the system. Where the model cannot run under ``vmap`` it is run once per chain, with
         a warning that says why.
+    :raises ValueError: if outputs are not a function of the inputs.
     """
     # two inputs, so that batching is exercised
     inputs = torch.randn(2, model.dim, dtype=model.structure.dtype, device=model.structure.device)
     reason = _why_not_vectorized(model.constraint, inputs)
     reason = reason or _why_not_vectorized(model.potential, inputs)
+    _check_repeatable(model, inputs[0])
     if reason is not None:
         warnings.warn(
             f"The model cannot be vectorised over chains and is run once per chain: {reason} "
@@ -289,6 +291,20 @@ class _CheckFinder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.has_check |= not func._schema.returns
         return func(*args, **(kwargs or {}))
+
+
+def _check_repeatable(model: ConstrainedModel, u: Tensor) -> None:
+    """Refuse a model whose outputs are not a function of its inputs."""
+    first, second = model.constraint(u), model.constraint(u)
+    differs = (first != second) & ~(first.isnan() & second.isnan())
+    if differs.any():
+        name = model.structure.constraint_name(int(differs.nonzero()[0]))
+        raise ValueError(
+            f"Output {name!r} is conditioned on, but two runs of the model at the same inputs "
+            "give different values: it depends on random numbers outside pyro.sample "
+            "(torch.randn, NumPy's, dropout of a network in training mode). Draw them by "
+            "pyro.sample, and put networks into evaluation mode: network.eval()."
+        )
 
 
 def _check_differentiable(system: ConstrainedSystem, inputs: Tensor) -> None:

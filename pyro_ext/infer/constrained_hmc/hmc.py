@@ -10,7 +10,7 @@ from pyro.infer.autoguide.initialization import init_to_sample
 
 from .dynamics.integrator import IntegratorSettings
 from .dynamics.transitions import hmc_transition
-from .kernel import ConstrainedKernel, Draw, check_positive
+from .kernel import ConstrainedKernel, Draw, check_count, check_positive
 from .records import RunRecord
 from .warmup.adaptation import dual_averaging_final
 from .warmup.chains import Chains, adaptation_statistic
@@ -173,7 +173,8 @@ class ConstrainedHMC(ConstrainedKernel):
                 f"trajectory_length must be a number or 'adapt', got {trajectory_length!r}."
             )
         length = _QUARTER_TURN if isinstance(trajectory_length, str) else trajectory_length
-        check_positive(trajectory_length=length, num_steps=num_steps, max_num_steps=max_num_steps)
+        check_positive(trajectory_length=length)
+        check_count(num_steps=num_steps, max_num_steps=max_num_steps)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {jitter}.")
         self.num_steps = num_steps

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +37,10 @@ from .start import initial_positions, values_per_chain
 from .warmup.adaptation import dual_averaging_init, running_variance_init
 from .warmup.chains import Chains, WarmupSettings, adapt, rescue_factor, restart_step_size
 
-__all__ = ["ConstrainedKernel", "Draw", "check_positive"]
+__all__ = ["ConstrainedKernel", "Draw", "check_count", "check_positive"]
 
 _PROJECTORS: dict[str, Projector] = {"quasi-newton": quasi_newton, "newton": newton}
+_SMALL_STEP = 1e-5  # prior standard deviations
 _JACOBIAN_MODES = ("auto", "forward", "reverse")
 
 
@@ -100,13 +103,17 @@ class ConstrainedKernel(VectorizedKernel):
             raise TypeError(
                 f"model must be a function with pyro.sample sites, got {type(model).__name__}."
             )
-        check_positive(
-            step_size=step_size,
+        check_positive(step_size=step_size, constraint_tol=constraint_tol)
+        check_count(
             num_inner_steps=num_inner_steps,
-            constraint_tol=constraint_tol,
             max_projection_iters=max_projection_iters,
             structure_check_interval=structure_check_interval,
         )
+        if not callable(init_strategy):
+            raise TypeError(
+                "init_strategy must be a function such as init_to_sample or "
+                f"init_to_value(values={{...}}), got {type(init_strategy).__name__}."
+            )
         _check_choice("projection", projection, tuple(_PROJECTORS))
         _check_choice("jacobian_mode", jacobian_mode, _JACOBIAN_MODES)
         _check_choice("structure", structure, STRUCTURES)
@@ -251,7 +258,8 @@ class ConstrainedKernel(VectorizedKernel):
         self._preset = {}
         if not self._is_finished:
             self._is_finished = True
-            for message in self._record.complaints() + self._complaints():
+            messages = self._record.complaints() + self._step_size_complaints()
+            for message in messages + self._complaints():
                 warnings.warn(message, SamplingWarning, stacklevel=2)
 
     def required_bytes(self, num_samples: int) -> int:
@@ -270,6 +278,18 @@ class ConstrainedKernel(VectorizedKernel):
         clean._clear()
         clean._preset = self._preset
         return clean.__dict__
+
+    def _step_size_complaints(self) -> list[str]:
+        is_adapted = self.adapt_step_size and self._warmup_steps > 0 and len(self._record) > 0
+        if not is_adapted or self._chains.step_size > _SMALL_STEP:
+            return []
+        return [
+            f"The step size was adapted to {self._chains.step_size:.1e} prior standard "
+            "deviations, with which chains hardly move. Usual causes: a chain has started at a "
+            "kink of an output (sort, median, max, abs, clamp), where no step is short enough, or "
+            "inputs are known far better than their priors say. Start elsewhere (another seed, "
+            "init_strategy), write outputs smoothly, or try adapt_mass_matrix=True."
+        ]
 
     # -- one run ------------------------------------------------------------------------------
 
@@ -377,10 +397,18 @@ class ConstrainedKernel(VectorizedKernel):
 
 
 def check_positive(**values: float | None) -> None:
-    """Refuse arguments that are given and not positive."""
+    """Refuse arguments that are given and not positive numbers."""
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
+        is_number = isinstance(value, Real | Tensor)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+
+
+def check_count(**values: Any) -> None:
+    """Refuse arguments that are given and not whole numbers above zero."""
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, Integral) and value > 0):
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

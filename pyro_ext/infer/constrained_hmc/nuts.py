@@ -9,7 +9,7 @@ from pyro.infer.autoguide.initialization import init_to_sample
 
 from .dynamics.integrator import IntegratorSettings
 from .dynamics.no_u_turn import no_u_turn_transition
-from .kernel import ConstrainedKernel, Draw, check_positive
+from .kernel import ConstrainedKernel, Draw, check_count
 from .records import RunRecord
 from .warmup.chains import Chains, adaptation_statistic
 
@@ -121,7 +121,7 @@ class ConstrainedNUTS(ConstrainedKernel):
             structure_check_interval=structure_check_interval,
             compile=compile,
         )
-        check_positive(max_tree_depth=max_tree_depth)
+        check_count(max_tree_depth=max_tree_depth)
         self.max_tree_depth = max_tree_depth
 
     def _new_record(self) -> RunRecord:

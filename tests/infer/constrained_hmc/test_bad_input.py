@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -52,6 +53,30 @@ def independent() -> None:
 def detached() -> None:
     z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
     pyro.deterministic("y", z.sum().detach() ** 2)
+
+
+def hidden_noise() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    pyro.deterministic("y", z[:2] + torch.nn.functional.dropout(z, training=True).sum())
+
+
+def hidden_noise_of_numpy() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    pyro.deterministic("y", torch.stack([z.sum(), z.prod() + float(np.random.randn())]))
+
+
+def mixed() -> None:
+    components = dist.Normal(torch.tensor([-2.0, 2.0]), 1.0)
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    x = pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), components))
+    pyro.deterministic("y", x + z)
+
+
+def discrete_output_summed() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("coins", 3):
+        coin = pyro.sample("coin", dist.Bernoulli(0.5))
+    pyro.deterministic("y", z.sum() + coin.sum())
 
 
 def stepped() -> None:
@@ -210,6 +235,19 @@ CASES = {
     "detached output": Case(
         detached, {"y": _ONE}, ValueError, r"'y'.*changes from draw to draw", r"\.detach\(\)"
     ),
+    "dropout": Case(
+        hidden_noise, {"y": _TWO}, ValueError, r"'y\[0\]'.*different values", r"network\.eval\(\)"
+    ),
+    "random numbers of NumPy": Case(
+        hidden_noise_of_numpy,
+        {"y": _TWO},
+        ValueError,
+        r"'y\[1\]'.*different values",
+        r"Draw them by pyro\.sample",
+    ),
+    "support without a transform": Case(
+        mixed, {"y": _ONE}, ValueError, r"'x'.*MixtureSameFamily.*support", r"discrete site"
+    ),
     "step function": Case(
         stepped, {"y": _ONE}, ValueError, r"'y'.*changes from draw to draw", r"differentiable"
     ),
@@ -236,6 +274,9 @@ CASES = {
         ValueError,
         r"'y'.*discrete latent",
         r"continuous sites only",
+    ),
+    "discrete output of one number": Case(
+        discrete_output_summed, {"y": _ONE}, ValueError, r"'y'.*discrete latent", r"continuous"
     ),
     "discrete site without finite support": Case(
         countable, {"y": _ONE}, ValueError, r"'number'.*Poisson.*enumerated", r"finite support"
@@ -371,14 +412,26 @@ def test_mistakes_of_the_model_are_not_taken_for_failures_of_vmap() -> None:
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("step_size", 0.0, r"step_size must be positive, got 0\.0"),
-        ("step_size", float("nan"), r"step_size must be positive, got nan"),
-        ("num_steps", 0, r"num_steps must be positive"),
-        ("trajectory_length", -1.0, r"trajectory_length must be positive, got -1\.0"),
-        ("max_num_steps", 0, r"max_num_steps must be positive"),
-        ("num_inner_steps", 0, r"num_inner_steps must be positive"),
+        ("step_size", 0.0, r"step_size must be positive and finite, got 0\.0"),
+        ("step_size", float("nan"), r"step_size must be positive and finite, got nan"),
+        ("num_steps", 0, r"num_steps must be a positive whole number, got 0"),
+        ("trajectory_length", -1.0, r"trajectory_length must be positive and finite, got -1\.0"),
+        ("max_num_steps", 0, r"max_num_steps must be a positive whole number"),
+        ("num_inner_steps", 0, r"num_inner_steps must be a positive whole number"),
         ("constraint_tol", 0.0, r"constraint_tol must be positive"),
-        ("max_projection_iters", -3, r"max_projection_iters must be positive, got -3"),
+        (
+            "max_projection_iters",
+            -3,
+            r"max_projection_iters must be .* whole number, got -3",
+        ),
+        ("step_size", "small", r"step_size must be positive and finite, got 'small'"),
+        (
+            "trajectory_length",
+            torch.inf,
+            r"trajectory_length must be .* finite, got inf",
+        ),
+        ("num_steps", 2.5, r"num_steps must be a positive whole number, got 2\.5"),
+        ("max_projection_iters", 9.0, r"max_projection_iters must be a positive whole number"),
         ("jitter", 1.0, r"jitter must lie in \[0, 1\), got 1\.0"),
         ("jitter", -0.1, r"jitter must lie in \[0, 1\)"),
         ("target_accept_prob", 1.0, r"target_accept_prob must lie in \(0, 1\), got 1\.0"),
@@ -397,6 +450,11 @@ def test_the_model_must_be_a_function() -> None:
         ConstrainedHMC(torch.zeros(3))  # type: ignore[arg-type]
 
 
+def test_the_init_strategy_must_be_a_function() -> None:
+    with pytest.raises(TypeError, match=r"init_strategy must be a function .* got dict"):
+        ConstrainedHMC(good, init_strategy={"z": torch.zeros(3)})  # type: ignore[arg-type]
+
+
 def _kernel() -> ConstrainedHMC:
     return ConstrainedHMC(pyro.condition(good, {"trajectory": _TWO}))
 
@@ -406,10 +464,21 @@ def _kernel() -> ConstrainedHMC:
     [
         ({"num_samples": 0}, r"at least 1, got 0 and 1"),
         ({"num_samples": 5, "num_chains": 0}, r"at least 1, got 5 and 0"),
+        ({"num_samples": 5.0}, r"num_samples must be a whole number, got 5\.0"),
+        ({"num_samples": 5, "num_chains": 2.0}, r"num_chains must be a whole number, got 2\.0"),
+        ({"num_samples": 5, "warmup_steps": 2.5}, r"warmup_steps must be a whole number, got 2"),
         ({"num_samples": 5, "warmup_steps": -1}, r"warmup_steps must not be negative, got -1"),
         ({"num_samples": 5, "chain_method": "vectorised"}, r"chain_method must be one of"),
     ],
-    ids=["num_samples", "num_chains", "warmup_steps", "chain_method"],
+    ids=[
+        "num_samples",
+        "num_chains",
+        "fraction of num_samples",
+        "fraction of num_chains",
+        "fraction of warmup_steps",
+        "warmup_steps",
+        "chain_method",
+    ],
 )
 def test_arguments_of_the_runner(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -506,6 +575,30 @@ def test_single_precision_runs_with_scalars_and_numbers() -> None:
     torch.testing.assert_close(
         2 * z[..., 0] + z[..., 1] * z[..., 2], torch.full(z.shape[:-1], 1.2), rtol=0, atol=5e-4
     )
+
+
+def test_a_step_size_that_collapses_is_warned_of() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        pyro.deterministic("y", z.sum())
+        pyro.sample("precise", dist.Normal(z[0], 1e-7), obs=torch.tensor(0.5))
+
+    start = {"z": torch.tensor([[0.5, 0.0, 0.5]]).repeat(2, 1)}
+    with pytest.warns(SamplingWarning, match=r"step size was adapted to .*e-.*far better than"):
+        run(model, {"y": _ONE}, initial_params=start, warmup_steps=20)
+
+
+def test_outputs_of_two_precisions_run_in_the_higher_one() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(3, dtype=torch.float32), 1.0).to_event(1))
+        pyro.deterministic("low", x.sum())
+        pyro.deterministic("high", x[0].double() * x[1])
+
+    _, samples = run(model, {"low": _ONE.float(), "high": _ONE})
+    x = samples["x"]
+    assert x.dtype == torch.float64
+    torch.testing.assert_close(x.sum(-1), torch.ones(2, 3), rtol=0, atol=1e-8)
+    torch.testing.assert_close(x[..., 0] * x[..., 1], torch.ones(2, 3), rtol=0, atol=1e-8)
 
 
 def test_chains_without_a_start_of_their_own_borrow_one() -> None:

@@ -169,6 +169,19 @@ def test_initial_params_of_every_chain() -> None:
     torch.testing.assert_close(seen[0], start, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("a", [torch.tensor(3), 3, 3.0], ids=["whole tensor", "int", "float"])
+def test_initial_params_as_plain_numbers(a: Any) -> None:
+    starts = []
+    for value in (a, torch.tensor(3.0)):
+        kernel = ConstrainedHMC(CONDITIONED)
+        initial = {"a": value, "z": torch.tensor([0.01, 0.02, 0.0])}
+        pyro.set_rng_seed(0)
+        mcmc = MCMC(kernel, 1, 0, initial_params=initial, disable_progbar=True)
+        mcmc.run()
+        starts.append(mcmc.get_samples())
+    torch.testing.assert_close(starts[0], starts[1])
+
+
 def test_initial_params_are_of_one_run_only() -> None:
     kernel = ConstrainedHMC(CONDITIONED)
     far = {"a": torch.tensor(50.0), "z": torch.tensor([0.01, 0.02, 0.0])}

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -131,6 +132,27 @@ def test_discrete_sites_are_summed_out(in_plate: bool) -> None:
     truth = Quadrature(log_density, (-6.0, 6.0, 4000))
     assert_moments(draws, truth.mean(), truth.sd(), min_ess=400, name="z")
     assert_distribution(draws, truth.cdf(), name="z")
+
+
+@pytest.mark.parametrize("in_plate", [False, True], ids=["one", "plate"])
+def test_components_of_a_mixture_are_summed_out(in_plate: bool) -> None:
+    """A continuous site whose parameters a discrete one chooses."""
+    weights, locs = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 1.5])
+    y = torch.tensor([0.2, 1.0]) if in_plate else torch.tensor(0.2)
+
+    def model() -> None:
+        with pyro.plate("rows", 2) if in_plate else nullcontext():
+            k = pyro.sample("k", dist.Categorical(weights))
+            x = pyro.sample("x", dist.Normal(locs[k], 1.0))
+            noise = pyro.sample("noise", dist.Normal(0.0, 1.0))
+        pyro.deterministic("y", x + noise)
+
+    draws = sample(model, {"y": y})["x"]
+    evidence = dist.Normal(locs, 2**0.5).log_prob(y.unsqueeze(-1)) + weights.log()
+    weights_given_y, means = evidence.softmax(-1), (locs + y.unsqueeze(-1)) / 2
+    mean = (weights_given_y * means).sum(-1)
+    sd = ((weights_given_y * (means**2 + 0.5)).sum(-1) - mean**2).sqrt()
+    assert_moments(draws, mean, sd, min_ess=400, name="x")
 
 
 # -- lifted observations -------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from .inspection import (
     inspect_model,
     is_latent,
 )
-from .standardize import pull, push, unmasked
+from .standardize import is_continuous, pull, push, unmasked
 
 __all__ = ["ConstrainedModel"]
 
@@ -123,8 +123,9 @@ class ConstrainedModel:
                 f"model. Its latent sites are {sorted(self._latents)}."
             )
         puller = _PullMessenger(self._latents, values)
-        with _quiet(), torch.no_grad(), puller, InitMessenger(init_strategy):
-            self._enumerated(self._model)(*self._args, **self._kwargs)
+        # discrete sites are drawn: enumerated ones would add dimensions to what follows them
+        with _quiet(), torch.no_grad(), puller, InitMessenger(init_strategy), _DiscreteDraws():
+            self._model(*self._args, **self._kwargs)
         return torch.cat([puller.inputs[site.name].reshape(-1) for site in self.structure.latents])
 
     def prior_draws(self, number: int) -> Tensor:
@@ -240,8 +241,7 @@ class _PullMessenger(Messenger):
             return
         fn = msg["fn"]
         if site.name in self._values:
-            msg["value"] = self._values[site.name]
-            _check_given(site, fn, msg["value"])
+            msg["value"] = _given_value(site, fn, self._values[site.name])
         msg["done"] = True
         if site.through_support:
             self.inputs[site.name] = biject_to(fn.support).inv(msg["value"])
@@ -249,9 +249,19 @@ class _PullMessenger(Messenger):
             self.inputs[site.name] = pull(fn, msg["value"], site.calibration)
 
 
-def _check_given(site: LatentSite, fn: Any, value: Tensor) -> None:
-    """Refuse an initial value that the site cannot take."""
-    if not site.through_support and value.shape != fn.shape():
+class _DiscreteDraws(Messenger):
+    """Innermost handler: draws discrete sites, which initialisation strategies may not know."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_subsample(msg) and is_latent(msg) and not is_continuous(msg["fn"]):
+            msg["value"], msg["done"] = msg["fn"].sample(), True
+
+
+def _given_value(site: LatentSite, fn: Any, value: Tensor) -> Tensor:
+    """An initial value that the site can take; whole numbers stand for real ones."""
+    if not value.is_floating_point():
+        value = value.to(torch.get_default_dtype())
+    if value.shape != fn.shape():
         raise ValueError(
             f"The initial value of site {site.name!r} has shape {tuple(value.shape)}; the site "
             f"has shape {tuple(fn.shape())}."
@@ -261,6 +271,7 @@ def _check_given(site: LatentSite, fn: Any, value: Tensor) -> None:
             f"The initial value of site {site.name!r} lies outside the support "
             f"({fn.support}) of its distribution {type(unmasked(fn)).__name__}."
         )
+    return value
 
 
 def _push_site(site: LatentSite, msg: Any, u: Tensor, enumerated: bool) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
 import pyro
@@ -21,7 +22,7 @@ from torch.distributions import biject_to
 from ....errors import ModelStructureError
 from ....poutine.sites import delta, is_computed, is_subsample
 from .enumeration import enumerate_discrete
-from .standardize import Calibration, calibrate, is_continuous, is_standard_normal, pull
+from .standardize import Calibration, calibrate, is_continuous, is_standard_normal, pull, unmasked
 
 __all__ = [
     "ConstraintSite",
@@ -126,7 +127,8 @@ def inspect_model(
     if not constrained:
         raise ValueError(_no_constraint_message(plain, deterministics))
     enumerated, nesting = _enumerated_trace(model, args, kwargs, plain)
-    constraints = _constraint_sites(plain, enumerated, constrained)
+    _check_discrete(model, args, kwargs, plain, enumerated, constrained)
+    constraints = _constraint_sites(plain, constrained)
     latents = _latent_sites(plain, enumerated)
     structure = ModelStructure(
         latents=latents,
@@ -135,7 +137,7 @@ def inspect_model(
         has_discrete=enumerated is not plain,
         is_standard_normal=_is_standard_normal(plain, latents),
         max_plate_nesting=nesting,
-        dtype=constraints[0].observed.dtype,
+        dtype=reduce(torch.promote_types, (site.observed.dtype for site in constraints)),
         device=constraints[0].observed.device,
     )
     if structure.num_constraints >= structure.dim:
@@ -275,9 +277,62 @@ def _enumerated_trace(
             )
     # continuous sites keep their values: drawn anew, they would follow the enumerated ones
     values = {n: node["value"] for n, node in nodes.items() if _is_random(node)}
-    replayed = InitMessenger(init_to_value(values=values))(enumerate_discrete(model, nesting))
+    return _trace_at(values, enumerate_discrete(model, nesting), args, kwargs), nesting
+
+
+def _trace_at(
+    values: Mapping[str, Tensor],
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> poutine.Trace:
     with torch.no_grad():
-        return poutine.trace(replayed).get_trace(*args, **kwargs), nesting
+        replayed = InitMessenger(init_to_value(values=dict(values)))(model)
+        return poutine.trace(replayed).get_trace(*args, **kwargs)
+
+
+def _check_discrete(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    plain: poutine.Trace,
+    enumerated: poutine.Trace,
+    outputs: list[str],
+) -> None:
+    """Refuse outputs that depend on discrete sites."""
+    if enumerated is plain:
+        return
+    random = {name: node for name, node in _sample_nodes(plain).items() if _is_random(node)}
+    runs = [enumerated]
+    # a sum over a plate, say, hides the dimensions that enumeration adds, but not the values
+    for index in (0, -1):
+        values = {
+            name: node["value"]
+            if _continuous(node)
+            else node["fn"].enumerate_support(expand=True)[index]
+            for name, node in random.items()
+        }
+        runs.append(_trace_at(values, model, args, kwargs))
+    for name in outputs:
+        expected = delta(plain.nodes[name]["fn"]).v
+        for run in runs:
+            computed = delta(run.nodes[name]["fn"]).v
+            if computed.shape == expected.shape and _is_same(computed, expected):
+                continue
+            raise ValueError(
+                f"Site {name!r} is conditioned on, but its value depends on a discrete latent "
+                "site, and no derivative exists through a discrete choice. Condition on outputs "
+                "that depend on continuous sites only; discrete sites may enter observed "
+                "pyro.sample sites, where they are summed out."
+            )
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two values agree but for rounding; those that are no numbers tell nothing."""
+    if not a.is_floating_point():
+        return bool((a == b).all())
+    is_close = torch.isclose(a, b, rtol=torch.finfo(a.dtype).eps ** 0.75, atol=0.0)
+    return bool((is_close | a.isnan() | b.isnan()).all())
 
 
 def _is_random(node: Mapping[str, Any]) -> bool:
@@ -288,21 +343,12 @@ def _continuous(node: Mapping[str, Any]) -> bool:
     return is_continuous(node["fn"])
 
 
-def _constraint_sites(
-    plain: poutine.Trace, enumerated: poutine.Trace, names: list[str]
-) -> tuple[ConstraintSite, ...]:
+def _constraint_sites(plain: poutine.Trace, names: list[str]) -> tuple[ConstraintSite, ...]:
     sites: list[ConstraintSite] = []
     start = 0
     for name in names:
         node = plain.nodes[name]
         computed = delta(node["fn"]).v
-        if delta(enumerated.nodes[name]["fn"]).v.shape != computed.shape:
-            raise ValueError(
-                f"Site {name!r} is conditioned on, but its value depends on a discrete latent "
-                "site, and no derivative exists through a discrete choice. Condition on outputs "
-                "that depend on continuous sites only; discrete sites may enter observed "
-                "pyro.sample sites, where they are summed out."
-            )
         observed, num_leading = _check_observed(name, node, computed)
         stop = start + observed.numel()
         sites.append(ConstraintSite(name, start, stop, observed, num_leading))
@@ -373,11 +419,19 @@ def _latent_sites(plain: poutine.Trace, enumerated: poutine.Trace) -> tuple[Late
             continue
         fn = node["fn"]
         through_support = enumerated_nodes[name]["fn"].shape() != fn.shape()
-        calibration = None if through_support else calibrate(fn)
-        if through_support:
-            shape = biject_to(fn.support).inv(node["value"]).shape
-        else:
-            shape = pull(fn, node["value"], calibration).shape
+        try:
+            calibration = None if through_support else calibrate(fn)
+            if through_support:
+                shape = biject_to(fn.support).inv(node["value"]).shape
+            else:
+                shape = pull(fn, node["value"], calibration).shape
+        except NotImplementedError as error:  # from biject_to
+            raise ValueError(
+                f"Latent site {name!r} has the distribution {type(unmasked(fn)).__name__}, whose "
+                f"support PyTorch cannot map to unconstrained space ({error}). Write it by sites "
+                "of other distributions: a mixture, for one, as a discrete site for the "
+                "component, which is summed out, and a site whose parameters it chooses."
+            ) from error
         stop = start + shape.numel()
         is_scaled = _is_scaled(node)
         sites.append(LatentSite(name, start, stop, shape, calibration, is_scaled, through_support))
