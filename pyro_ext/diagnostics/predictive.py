@@ -81,6 +81,8 @@ def posterior_predictive_check(
     """
     if not observation or not quantities:
         raise ValueError("observation and quantities must have at least one entry each.")
+    observation = {name: torch.as_tensor(value) for name, value in observation.items()}
+    draws = {name: torch.as_tensor(value) for name, value in draws.items()}
     names = list(observation)
     prior = simulate(model, names, args, kwargs)
     check_names(draws, prior.latents, "draws")

@@ -101,7 +101,8 @@ def simulation_based_calibration(
             number = min(batch_size or 1, num_simulations - len(rows))
             runs_now = [runs.next() for _ in range(number)]
             stacked = _stack(runs_now) if batch_size else runs_now[0]
-            draws = dict(posterior(dict(stacked.observation)))
+            found = posterior(dict(stacked.observation))
+            draws = {name: torch.as_tensor(values) for name, values in found.items()}
             chosen = _chosen(draws, stacked, sites)
             num_draws = _check_draws(chosen, stacked, num_draws)
             ranks = {k: rank_statistics(stacked.latents[k], v) for k, v in chosen.items()}

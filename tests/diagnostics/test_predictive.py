@@ -92,8 +92,8 @@ def test_simulators_and_deterministic_sites() -> None:
     z = torch.linspace(-1, 1, 50)
     check = posterior_predictive_check(
         pyro.condition(simulator, {"x": torch.tensor(5.0)}),
-        {"z": z, "twice": 2 * z},
-        {"x": torch.tensor(0.0)},
+        {"z": z.numpy(), "twice": 2 * z},
+        {"x": 0.0},
         {"error": lambda latents, data: (data["x"] - 0.5 * latents["twice"]).abs()},
     )
     assert 0 < float(check.replicated["error"].max()) < 0.5

@@ -70,7 +70,7 @@ def test_discrete_sites_and_deterministic_ones() -> None:
 
     def posterior(observation: Values) -> Values:
         k = dist.Categorical(prior * likelihood[:, observation["x"]]).sample((20,))
-        return {"k": k, "squared": k**2}
+        return {"k": k, "squared": (k**2).numpy()}
 
     result = calibrate(posterior, model=model)
     assert set(result.ranks) == {"k", "squared"}

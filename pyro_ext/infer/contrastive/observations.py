@@ -194,6 +194,10 @@ def _by_site(
                 f"embedding={{{names[0]!r}: network}}."
             )
         return {names[0]: embedding}
+    if not isinstance(embedding, Mapping | nn.ModuleDict):
+        raise TypeError(
+            f"embedding must be an nn.Module, or several by site, got {type(embedding).__name__}."
+        )
     networks = dict(embedding.items())
     if unknown := sorted(set(networks) - set(names)):
         raise ValueError(f"embedding has networks for {unknown}; observed are {list(names)}.")

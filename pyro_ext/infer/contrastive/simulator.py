@@ -295,10 +295,11 @@ class Simulator:
             where = changed.reshape(num, *(1,) * (value.dim() - 1)).to(value.device)
             mixed[name] = torch.where(where, second[name], value)
         seed = int(torch.randint(2**31, ()))
-        before, after = (self._observe_from(seed, values, num) for values in (first, mixed))
+        data = self._map(self._observe, first, num)
+        effects = [self._effect(seed, values, data, num) for values in (first, mixed)]
         differs = torch.zeros(num, dtype=torch.bool)
-        for name, value in before.items():
-            same = (value == after[name]) | value.isnan()
+        for one, other in zip(*effects, strict=True):
+            same = (one == other) | (one.isnan() & other.isnan())
             differs |= ~same.reshape(num, -1).all(1).cpu()
         if not torch.equal(differs, changed):
             raise ValueError(
@@ -325,6 +326,31 @@ class Simulator:
                     f"site {name!r} has random numbers that are not of torch's generator, which "
                     "all runs may share"
                 )
+
+    def _effect(self, seed: int, values: Values, data: Values, num: int) -> list[Tensor]:
+        """
+        What latents make of the observed sites.
+
+        For sites that are drawn, the log-density of given data: draws of many distributions take
+        more or fewer random numbers by their parameters, and shift those of all later draws.
+        """
+        drawn = [site.name for site in self.structure.observed if site.has_density]
+        given = values | {name: data[name] for name in drawn}
+
+        def effect(given: Values, around: _Around) -> list[Tensor]:
+            recorder = Recorder(frozenset(self.structure.observed_names), score=True)
+            self._run(recorder, given, around)
+            found = recorder.log_probs | {
+                name: value for name, value in recorder.values.items() if name not in drawn
+            }
+            return [found[name] for name in self.structure.observed_names]
+
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            result: list[Tensor] = self._map(effect, given, num)
+        if any(value.shape[:1] != (num,) for value in result):
+            raise ValueError(f"observed sites in {num} runs do not have {num} densities")
+        return result
 
     def _observe_from(self, seed: int, values: Values, num: int) -> Values:
         torch.manual_seed(seed)

@@ -103,6 +103,11 @@ def test_models_and_settings_that_are_refused(
         NeuralPosteriorEstimator(model, **{"observed": ["x"], **settings})
 
 
+def test_an_embedding_that_is_no_module_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"nn\.Module.*got function"):
+        NeuralRatioEstimator(_normal, observed=["x"], embedding=lambda x: x)
+
+
 def test_names_in_a_string_are_refused() -> None:
     with pytest.raises(TypeError, match=r"\['x'\]"):
         NeuralRatioEstimator(_normal, observed="x")

@@ -142,6 +142,17 @@ def test_models_for_batches_run_under_a_plate() -> None:
     assert simulator.simulate(simulator.draw_prior(7)).observations["x"].shape == (7,)
 
 
+def test_draws_that_take_any_number_of_random_numbers_run_under_a_plate() -> None:
+    def model() -> None:
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))  # which vmap cannot draw
+        pyro.sample("binomial", dist.Binomial(100, p))
+        pyro.sample("gamma", dist.Gamma(0.5 + p, 1.0))
+        pyro.sample("x", dist.Normal(p, 1.0))
+
+    for _ in range(5):
+        assert _simulator(model, observed=("binomial", "gamma", "x")).vectorize == "plate"
+
+
 def _mixes_runs() -> None:
     theta = pyro.sample("theta", dist.Beta(2.0, 2.0))
     pyro.sample("x", dist.Normal(theta.sum(), 1.0))
