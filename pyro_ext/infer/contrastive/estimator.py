@@ -29,6 +29,7 @@ CAUTIOUS_LEARNING_RATE = 2e-3
 
 _MIN_BATCH = 100
 _EMA_DECAY = 0.98
+_FEW = 1000
 
 
 class ContrastiveEstimator(nn.Module):
@@ -222,7 +223,8 @@ class ContrastiveEstimator(nn.Module):
             contrasting parameters. When ``None``, 100 or more, so that a pass over many
             simulations has :attr:`num_minibatches`.
         :param learning_rate: step size of Adam at the start. When ``None``,
-            :attr:`learning_rate`, which is smaller for networks of your own.
+            :attr:`learning_rate`, which is smaller for networks of your own, and with fewer than
+            a thousand simulations in proportion to their number.
         :param float weight_decay: weight of the penalty on squared weights.
         :param float validation_fraction: of the simulations that is held out.
         :param patience: stop after this many epochs in a row without improvement.
@@ -256,7 +258,7 @@ class ContrastiveEstimator(nn.Module):
             validation=(packed[is_held_out], flat[is_held_out]),
             num_steps=num_epochs * steps_per_epoch,
             batch_size=batch_size,
-            learning_rate=self.learning_rate if learning_rate is None else learning_rate,
+            learning_rate=self._step_size(num) if learning_rate is None else learning_rate,
             weight_decay=weight_decay,
             evaluate_every=steps_per_epoch,
             patience=patience,
@@ -397,6 +399,10 @@ class ContrastiveEstimator(nn.Module):
             num_epochs = -(-round(num_steps * factor) // max(1, num_train // batch_size))
         _check_counts(num_epochs=num_epochs)
         return batch_size, num_epochs
+
+    def _step_size(self, num: int) -> float:
+        # few simulations are learned by heart within some tens of steps, the better the smaller
+        return self.learning_rate * min(1.0, num / _FEW)
 
     def _has_proposals(self) -> bool:
         """Whether there are simulations from other than the prior."""

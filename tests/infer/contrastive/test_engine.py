@@ -308,6 +308,19 @@ def test_steps_of_a_fit_by_default() -> None:
     assert len(hardly_any.fit().losses) == 5
 
 
+def test_few_simulations_are_learned_in_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[float] = []
+    monkeypatch.setattr(
+        "pyro_ext.infer.contrastive.estimator.fit_density",
+        lambda *args, learning_rate, **settings: sizes.append(learning_rate),
+    )
+    estimator = make("ratio", linear_gaussian)
+    for num in (200, 800, 1000):
+        estimator.simulate(num)
+        estimator.fit()
+    assert sizes == [0.2 * 2e-2, 2e-2, 2e-2]
+
+
 def test_single_precision(float32: None) -> None:
     for kind in ESTIMATORS:
         estimator = make(kind, two_moons, nuisance=NOISE_SITES)
