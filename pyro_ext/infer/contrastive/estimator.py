@@ -223,8 +223,8 @@ class ContrastiveEstimator(nn.Module):
             contrasting parameters. When ``None``, 100 or more, so that a pass over many
             simulations has :attr:`num_minibatches`.
         :param learning_rate: step size of Adam at the start. When ``None``,
-            :attr:`learning_rate`, which is smaller for networks of your own, and with fewer than
-            a thousand simulations in proportion to their number.
+            :attr:`learning_rate`, which is small for networks of your own, and for others in
+            proportion to the number of simulations where there are fewer than a thousand.
         :param float weight_decay: weight of the penalty on squared weights.
         :param float validation_fraction: of the simulations that is held out.
         :param patience: stop after this many epochs in a row without improvement.
@@ -401,7 +401,9 @@ class ContrastiveEstimator(nn.Module):
         return batch_size, num_epochs
 
     def _step_size(self, num: int) -> float:
-        # few simulations are learned by heart within some tens of steps, the better the smaller
+        if self.learning_rate <= CAUTIOUS_LEARNING_RATE:
+            return self.learning_rate
+        # few simulations are learned by heart within some tens of large steps
         return self.learning_rate * min(1.0, num / _FEW)
 
     def _has_proposals(self) -> bool:

@@ -318,7 +318,11 @@ def test_few_simulations_are_learned_in_smaller_steps(monkeypatch: pytest.Monkey
     for num in (200, 800, 1000):
         estimator.simulate(num)
         estimator.fit()
-    assert sizes == [0.2 * 2e-2, 2e-2, 2e-2]
+    own = make("ratio", linear_gaussian)
+    own.learning_rate = 2e-3  # as with an embedding
+    own.simulate(200)
+    own.fit()
+    assert sizes == [0.2 * 2e-2, 2e-2, 2e-2, 2e-3]
 
 
 def test_single_precision(float32: None) -> None:
