@@ -407,7 +407,7 @@ def check_positive(**values: float | None) -> None:
 def check_count(**values: Any) -> None:
     """Refuse arguments that are given and not whole numbers above zero."""
     for name, value in values.items():
-        if value is not None and not (isinstance(value, Integral) and value > 0):
+        if value is not None and not (isinstance(value, Integral) and int(value) > 0):
             raise ValueError(f"{name} must be a positive whole number, got {value!r}.")
 
 
