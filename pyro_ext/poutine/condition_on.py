@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -180,6 +181,8 @@ def free_log_prob(site: Mapping[str, Any]) -> Tensor:
     r"""
     The log-density :math:`\log p(y \mid z)` of the free elements of a site, at its value.
 
+    What the model itself masks by ``poutine.mask``, such as padding, counts for nothing.
+
     :param site: a node of a trace of a model in :func:`condition_on`.
     :returns: one number for each element of the batch of the site.
     :raises ValueError: if the site is not one that ``condition_on`` has split.
@@ -190,7 +193,7 @@ def free_log_prob(site: Mapping[str, Any]) -> Tensor:
             f"Site {site['name']!r} has no free elements: it is not one of condition_on(...)."
         )
     free = evidence.units.mask(~evidence.mask).to_event(evidence.event_dims)
-    return free.log_prob(site["value"])
+    return scale_and_mask(free.log_prob(site["value"]), mask=site["mask"])
 
 
 def _own_shape(msg: Mapping[str, Any]) -> torch.Size:
@@ -275,7 +278,7 @@ def _check_mask(name: str, mask: Any) -> Tensor:
         kind = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
             f"The mask of site {name!r} is {kind}. Give a boolean tensor, true where the element "
-            "is observed: mask.bool()."
+            "is observed: torch.as_tensor(mask).bool()."
         )
     return mask
 

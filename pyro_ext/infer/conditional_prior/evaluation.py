@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
@@ -78,10 +78,7 @@ class ModelOfLatents:
             values, _ = self._values(u)
             with FillFreeElements(query):
                 trace = run_model(self.model, self.args, self.kwargs, values)
-            total = u.new_zeros(self.structure.num_rows)
-            for name in self.split:
-                total = total + sum_rows(free_log_prob(trace.nodes[name]), self.structure)
-            return total
+            return self._total(u, [free_log_prob(trace.nodes[name]) for name in self.split])
 
         return self._map(of_one, latents)
 
@@ -98,7 +95,9 @@ class ModelOfLatents:
             nodes = sample_nodes(run_model(self.model, self.args, self.kwargs, values))
             return {name: nodes[name]["value"] for name in self.split}
 
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # of operations that torch vectorises by a loop of its own
+            warnings.filterwarnings("ignore", "There is a performance drop")
             try:
                 return self._map(of_one, latents)
             except _VMAP_ERRORS:  # not every distribution can be sampled under vmap
@@ -150,9 +149,13 @@ class ModelOfLatents:
             trace = run_model(self.model, self.args, self.kwargs, values)
         trace.compute_log_prob(site_filter=lambda name, site: not is_subsample(site))
         terms = [node["log_prob"] for node in trace.nodes.values() if "log_prob" in node]
+        return self._total(u, [*terms, *log_dets.values()])
+
+    def _total(self, u: Tensor, terms: Iterable[Tensor]) -> Tensor:
+        # in the dtype of the latents, also where the evidence has a wider one
         total = u.new_zeros(self.structure.num_rows)
-        for term in [*terms, *log_dets.values()]:
-            total = total + sum_rows(term, self.structure)
+        for term in terms:
+            total = total + sum_rows(term, self.structure).to(u.dtype)
         return total
 
     def _map(self, function: Callable[[Tensor], Any], latents: Tensor) -> Any:

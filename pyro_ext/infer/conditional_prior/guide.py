@@ -23,7 +23,7 @@ from .networks import Flow, RowMap, check_flow, make_row_map
 from .noise import Base, base_distribution, check_base, fixed_noise
 from .parameter_store import check_store
 from .prior_scale import prior_loc_scale
-from .query import check_has_query, check_query
+from .query import check_has_query, check_latents, check_num, check_query
 from .sites import constrain, inside_plates, pack, unconstrain, unpack
 from .starts import gaussian_starts
 
@@ -133,7 +133,7 @@ class ConditionalPriorGuide(PyroModule):
         self._base = base
         self._sites = sites
         self._inspection: Inspection | None = None
-        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
         self.row_map: RowMap | None = None
 
     @property
@@ -280,6 +280,7 @@ class ConditionalPriorGuide(PyroModule):
         :returns: of the shape of the rows.
         """
         target = self._target()
+        check_num("num_particles", num_particles)
         noise = self._fresh_noise(num_particles)
         terms = self._terms(target, self._network(), self.psi, noise)
         return terms.mean(0).reshape(self._result_shape())
@@ -306,6 +307,7 @@ class ConditionalPriorGuide(PyroModule):
         :param int num_samples: number of draws.
         :returns: values by the names of the sites, with ``num_samples`` in front.
         """
+        check_num("num_samples", num_samples)
         z = self._density().rsample([num_samples])
         return self._target(needs_all=False).values(self._flat(z))
 
@@ -317,12 +319,10 @@ class ConditionalPriorGuide(PyroModule):
         :param latents: values of all guided sites by name, of shape ``leading + site_shape``.
         :returns: shape ``leading + rows``.
         :raises NotImplementedError: if the flow has no inverse.
-        :raises ValueError: if a site is missing.
+        :raises ValueError: if a site is missing, or has another shape.
         """
         structure = self._inspected().structure
-        for site in structure.sites:
-            if site.name not in latents:
-                raise ValueError(f"log_prob needs a value of latent site {site.name!r}.")
+        check_latents(latents, structure)
         unconstrained, log_dets = unconstrain(dict(latents), structure)
         vector = pack(unconstrained, structure)
         leading = vector.shape[: vector.dim() - 1 - len(structure.row_shape)]
@@ -343,6 +343,7 @@ class ConditionalPriorGuide(PyroModule):
         """
         target = self._target(needs_all=False)
         check_has_query(target.split)
+        check_num("num_samples", num_samples)
         with torch.no_grad():
             return target.draw_query(self._flat(self._density().rsample([num_samples])))
 
@@ -366,6 +367,11 @@ class ConditionalPriorGuide(PyroModule):
         :math:`p(z_m, x) / (\frac12 q_\psi(z_m) + \frac12 r(z_m))`, so that it converges to
         :math:`\log p(y \mid x)` for any guide; with many latents too slowly to be of use.
 
+        Where the query says much more of the latents than the evidence does, few draws agree with
+        it, and both averages are too low. There take :math:`\log p(x, y) - \log p(x)`, the
+        difference of the :meth:`importance_bound` of this guide and of one to which both are
+        evidence.
+
         :param query: values of the sites by name, or the value of the only one, of the shape of
             the site. Elements that are evidence are ignored.
         :param int num_samples: number M of draws of the latents.
@@ -378,6 +384,7 @@ class ConditionalPriorGuide(PyroModule):
         """
         target = self._target(needs_all=weighted)
         check_has_query(target.split)
+        check_num("num_samples", num_samples)
         values = check_query(query, target.fill)
         if not weighted:
             z = self._flat(self._density().rsample([num_samples]))
@@ -429,8 +436,7 @@ class ConditionalPriorGuide(PyroModule):
                 "cannot be computed from this guide alone. Train it with SVI together with a "
                 "guide for them, or leave out sites=[...]."
             )
-        args, kwargs = self._arguments or ((), {})
-        return ModelOfLatents(self.model, args, kwargs, inspection.structure, inspection.trace)
+        return ModelOfLatents(self.model, *self._arguments, inspection.structure, inspection.trace)
 
     def _density(self) -> ConditionalPrior:
         structure, row_map = self._inspected().structure, self._network()

@@ -27,7 +27,8 @@ class ImportanceBound(NamedTuple):
     """The C-ELBO from the same draws."""
     pareto_k: Tensor
     """Shape of the tail of the weights: below 0.5 the guide is close to the posterior, above 0.7
-    neither it nor the bound are to be trusted."""
+    neither it nor the bound are to be trusted, unless :attr:`effective_sample_size` is nearly the
+    number of draws: of weights that are almost equal the tail says nothing."""
     effective_sample_size: Tensor
     """Of the weights, at most the number of draws."""
 

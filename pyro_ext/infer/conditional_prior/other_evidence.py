@@ -36,7 +36,8 @@ class OtherEvidence(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        args, kwargs = tree_map(self._other, (args, kwargs or {}))
+        # a torch.Size stays one: tensor.new, by which Laplace draws, takes a tuple for the values
+        args, kwargs = tree_map(self._other, (args, kwargs or {}), is_leaf=_is_size)
         return func(*args, **kwargs)
 
     def _other(self, value: Any) -> Any:
@@ -46,3 +47,7 @@ class OtherEvidence(TorchFunctionMode):
             return value
         # stays in the unit interval, where pixels live
         return 0.5 * value + 0.25 * torch.rand_like(value)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, torch.Size)

@@ -308,6 +308,7 @@ QUERIES: dict[str, tuple[Any, str]] = {
     "shape": (torch.zeros(3), r"'x' has values of shape \(2, 3\), but .* shape \(3,\)"),
     "name": ({"y": torch.zeros(2, 3)}, r"values of \['y'\], but only \['x'\]"),
     "missing": ({}, r"no value of site 'x'"),
+    "NumPy": (torch.zeros(3).numpy(), r"'x' has values of shape \(2, 3\), but .* shape \(3,\)"),
 }
 
 
@@ -317,6 +318,26 @@ def test_queries_that_do_not_fit(case: str) -> None:
     query, message = QUERIES[case]
     with pytest.raises(ValueError, match=message):
         guide.query_log_prob(query)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (7, 2, 3)], ids=str)
+def test_latents_of_another_shape(shape: tuple[int, ...]) -> None:
+    guide = ConditionalPriorGuide(linear_gaussian(2, 2, 3).model).setup()
+    with pytest.raises(ValueError, match=r"'z' has values of shape \(2, 2\), with any dim"):
+        guide.log_prob({"z": torch.zeros(shape)})
+
+
+def test_no_draws_at_all() -> None:
+    problem = linear_gaussian(2, 2, 3)
+    guide = ConditionalPriorGuide(problem.model).setup()
+    for question in (
+        lambda: guide.sample_latents(0),
+        lambda: guide.sample_query(0),
+        lambda: guide.query_log_prob(problem.data, 0),
+        lambda: guide.c_elbo(0),
+    ):
+        with pytest.raises(ValueError, match=r"num_(samples|particles)=0 must be positive"):
+            question()
 
 
 def test_there_is_no_query_without_condition_on() -> None:

@@ -363,3 +363,40 @@ def test_weighted_queries_need_an_inverse() -> None:
     guide = ConditionalPriorGuide(problem.model, "fcn").setup()
     with pytest.raises(NotImplementedError):
         guide.query_log_prob(problem.data, weighted=True)
+
+
+def test_padding_that_the_model_masks_is_no_query() -> None:
+    """Rows of different length: what stands in the padding has no density."""
+    valid = torch.tensor([[True] * 4, [True, True, False, False]])
+
+    def model() -> None:
+        with pyro.plate("rows", 2, dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("elements", 4, dim=-1), pyro.poutine.mask(mask=valid):
+                pyro.sample("x", dist.Laplace(z, 1.0))
+
+    x = torch.randn(2, 4)
+    mask = torch.tensor([True, False, True, False]) & valid
+    guide = ConditionalPriorGuide(condition_on(model, {"x": x}, {"x": mask}))
+    guide.fit(progress=False, num_particles=100)
+    scores = guide.query_log_prob(torch.where(valid, x, 1e3), 20_000, weighted=True)
+
+    z = torch.linspace(-8, 8, 4001)[:, None, None]
+    log_prob = torch.where(valid, dist.Laplace(z, 1.0).log_prob(x), 0.0)
+    posterior = dist.Normal(0.0, 1.0).log_prob(z[..., 0]) + (log_prob * mask).sum(-1)
+    exact = (posterior.log_softmax(0) + (log_prob * ~mask).sum(-1)).logsumexp(0)
+    torch.testing.assert_close(scores, exact, rtol=0, atol=0.05)
+
+
+def test_queries_of_which_few_draws_know() -> None:
+    """The difference of two evidences, where the average over draws is too low."""
+    problem = linear_gaussian(4, 3, 8, noise=0.1)
+    mask = torch.arange(8) < 1
+    evidences = []
+    for observed in (mask, torch.ones_like(mask)):
+        model = condition_on(problem.unconditioned, {"x": problem.data}, {"x": observed})
+        guide = ConditionalPriorGuide(model)
+        guide.fit(progress=False, num_particles=50)
+        evidences.append(guide.importance_bound().log_evidence)
+    exact = problem._replace(mask=mask.expand(4, 8)).query_log_prob()
+    torch.testing.assert_close(evidences[1] - evidences[0], exact, rtol=0, atol=1e-3)

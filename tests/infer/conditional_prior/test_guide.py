@@ -307,6 +307,21 @@ def test_single_precision(float32: None) -> None:
     assert guide.sample_query(3)["x"].dtype == torch.float32
 
 
+def test_evidence_of_double_precision_for_a_model_of_single(float32: None) -> None:
+    """As NumPy makes it, with a decoder as torch makes it."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 0.5).to_event(1))
+
+    data = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    guide = ConditionalPriorGuide(condition_on(model, {"x": data}, {"x": data < 1.5}))
+    result = guide.fit(progress=False, num_particles=50)
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(torch.tensor(1.0))
+    torch.testing.assert_close(result.c_elbo, exact, rtol=0, atol=1e-3)
+    assert guide.query_log_prob(data).dtype == torch.float32
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:In .* the network folds")
 def test_cuda() -> None:

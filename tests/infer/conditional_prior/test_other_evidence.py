@@ -39,3 +39,10 @@ def test_other_evidence_is_in_the_unit_interval_and_integers_pass() -> None:
         seen, same = evidence + 0.0, counts + 0
     assert ((seen >= 0) & (seen <= 1)).all()
     assert (same == torch.arange(5)).all()
+
+
+def test_shapes_are_left_as_they_are() -> None:
+    """A Laplace draws by ``loc.new(shape)``, which takes a tuple for numbers."""
+    evidence, shape = torch.rand(3), torch.Size([2, 5])
+    with OtherEvidence([evidence]):
+        assert evidence.new(shape).shape == shape
