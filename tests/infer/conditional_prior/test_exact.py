@@ -367,7 +367,7 @@ def test_weighted_queries_need_an_inverse() -> None:
 
 def test_padding_that_the_model_masks_is_no_query() -> None:
     """Rows of different length: what stands in the padding has no density."""
-    valid = torch.tensor([[True] * 4, [True, True, False, False]])
+    valid: Any = torch.tensor([[True] * 4, [True, True, False, False]])
 
     def model() -> None:
         with pyro.plate("rows", 2, dim=-2):
