@@ -329,8 +329,10 @@ def _draw_rounds(row: Any, runs: list[dict[str, Any]], task: str, by_atoms: bool
     if exact is not None:
         row[1].axhline(exact, color="0.5", label="exact draws")
     row[3].set_yscale("log")
+    row[3].yaxis.set_minor_formatter("")
     if not row[0].has_data():
         row[0].text(0.5, 0.5, "no exact draws", ha="center", transform=row[0].transAxes)
+        row[0].set(xticks=[], yticks=[])
 
 
 def _finish(figure: Any, row: Any, name: str) -> None:
@@ -338,7 +340,8 @@ def _finish(figure: Any, row: Any, name: str) -> None:
         panel.set_title(title, fontsize="medium")
     for panel in figure.axes[-len(_PANELS) :]:
         panel.set_xlabel("simulations")
-    row[1].legend(fontsize="small")
+    # where the lines leave room
+    row[2].legend(*row[1].get_legend_handles_labels(), fontsize="small")
     path = os.path.join(IMAGES, name)
     os.makedirs(IMAGES, exist_ok=True)
     figure.savefig(path, dpi=130, pil_kwargs={"optimize": True})
