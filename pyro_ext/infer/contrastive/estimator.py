@@ -203,7 +203,7 @@ class ContrastiveEstimator(nn.Module):
         learning_rate: float | None = None,
         weight_decay: float = 0.0,
         validation_fraction: float = 0.1,
-        patience: int | None = 20,
+        patience: int | None = 10,
         progress: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
         generator: torch.Generator | None = None,
@@ -212,8 +212,10 @@ class ContrastiveEstimator(nn.Module):
         Train on all simulations, from where the networks are.
 
         Location and scale of latents and observations are taken from the simulations of the
-        first fit. A part of the simulations is held out, the same one in every fit, and the
-        weights that are best on it are kept, where weights are averages over some fifty steps.
+        first fit, and outliers among the observations are drawn in, see
+        :class:`~pyro_ext.infer.contrastive.observations.ObservationEncoder`. A part of the
+        simulations is held out, the same one in every fit, and the weights that are best on it
+        are kept, where weights are averages over some fifty steps.
         See :func:`~pyro_ext.training.fit_density`, which does it.
 
         :param num_epochs: passes over the simulations at most; the step size falls to zero over
@@ -284,7 +286,7 @@ class ContrastiveEstimator(nn.Module):
         was_training = self.training
         self.eval()
         with torch.no_grad():
-            features = self.encoder(flat[None])
+            features = self._encode(flat[None])
         self.train(was_training)
         return self._make_posterior(features, flat)
 
@@ -348,6 +350,11 @@ class ContrastiveEstimator(nn.Module):
     def _make_posterior(self, features: Tensor, flat: Tensor) -> Posterior:
         """The posterior given features of an observation."""
         return RatioPosterior(self.simulator, self.log_ratio, features, flat)
+
+    def _encode(self, flat: Tensor) -> Tensor:
+        """What :meth:`log_ratio` takes for an observation."""
+        features: Tensor = self.encoder(flat)
+        return features
 
     def _standardize(self, latents: Tensor, flat: Tensor) -> None:
         """Take from the first simulations what networks need to know beside their scale."""

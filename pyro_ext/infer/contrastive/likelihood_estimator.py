@@ -10,16 +10,17 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import AffineTransform
 from torch.nn.functional import logsigmoid, softplus
 
+from ...distributions import NeuralSplineFlow
 from ...nn import ResidualNetwork
 from .estimator import ContrastiveEstimator
 from .handlers import PriorIsDrawn, Recorder
 from .losses import Batch
 from .observations import flatten_one
-from .posterior_estimator import FlowFactory, default_flow, initialize_flow
+from .posterior_estimator import FlowFactory, initialize_flow
 from .sites import unconstrain
 
 __all__ = ["NeuralLikelihoodEstimator"]
@@ -73,7 +74,7 @@ class NeuralLikelihoodEstimator(ContrastiveEstimator):
             max_failed=max_failed,
         )
         features = self.structure.features
-        flow = flow or default_flow
+        flow = flow or _default_flow
         self.flow = flow(self.encoder.in_features, features)
         self.validity = ResidualNetwork(features, 1, 32, residual_blocks=1)
         self.register_buffer("may_fail", torch.tensor(False))
@@ -120,7 +121,7 @@ class NeuralLikelihoodEstimator(ContrastiveEstimator):
 
     def loss(self, batch: Batch, flat: Tensor) -> Tensor:
         """Maximum likelihood of what the simulator did."""
-        log_prob = self._log_prob(batch.latents, self.encoder(flat))
+        log_prob = self._log_prob(batch.latents, self._encode(flat))
         log_prob = torch.where(batch.is_valid, log_prob, torch.zeros_like(log_prob))
         if bool(self.may_fail):
             logits = self._logits(batch.latents)
@@ -139,9 +140,18 @@ class NeuralLikelihoodEstimator(ContrastiveEstimator):
         logits: Tensor = self.validity((latents - self.loc) / self.scale)
         return logits.squeeze(-1)
 
+    def _encode(self, flat: Tensor) -> Tensor:
+        # a density is one of the values themselves
+        return self.encoder.standardized(flat)
+
     def _before_fit(self, is_valid: Tensor) -> None:
         if not bool(is_valid.all()):
             self.may_fail.fill_(True)
 
     def _standardize(self, latents: Tensor, flat: Tensor) -> None:
-        initialize_flow(self.flow, self.encoder(flat))
+        initialize_flow(self.flow, self._encode(flat))
+
+
+def _default_flow(features: int, context_features: int) -> nn.Module:
+    # splines bound what an outlier among the observations does to the elements after it
+    return NeuralSplineFlow(features, context_features, transforms=5, hidden_features=50)

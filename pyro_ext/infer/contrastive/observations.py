@@ -14,11 +14,24 @@ from .sites import ObservedSite, Structure
 __all__ = ["ObservationEncoder", "flatten", "flatten_one"]
 
 _FAR = 0.1  # of the simulated range
+_LIMIT = 5.0  # standard deviations, up to which features are linear
+_TRIMMED = 0.005  # of the simulations, on either side
 
 
 class ObservationEncoder(nn.Module):
-    """
+    r"""
     Standardise observations, and embed those sites that have a network for it.
+
+    Simulators have outliers. They would decide what the unit is, so that mean and standard
+    deviation :math:`\mu, \sigma` are those of the simulations with the outermost half per cent on
+    either side moved in; and networks, which extrapolate linearly, would put the posteriors of
+    outliers far outside of the prior, so that features grow logarithmically beyond
+    :math:`L = 5`: with :math:`z = (x - \mu) / \sigma`,
+
+    .. math:: z \text{ for } |z| \le L, \qquad
+        \operatorname{sign}(z) (L + \log(1 + |z| - L)) \text{ otherwise.}
+
+    Networks of the user's own get :math:`z`.
 
     :param Structure structure: the sites.
     :param embedding: networks by site, or that of the only site. A network gets values of shape
@@ -53,11 +66,9 @@ class ObservationEncoder(nn.Module):
 
         :param Tensor flat: shape ``(n, in_features)``.
         """
-        scale = flat.std(0, correction=0)
-        # in single precision a constant has a spread of rounding errors
-        smallest = 10 * torch.finfo(flat.dtype).eps * flat.abs().amax(0)
-        self.loc.copy_(flat.mean(0))
-        self.scale.copy_(torch.where(scale > smallest, scale, torch.ones_like(scale)))
+        loc, scale = _trimmed_moments(flat)
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
         self.low.copy_(flat.amin(0))
         self.high.copy_(flat.amax(0))
 
@@ -68,19 +79,29 @@ class ObservationEncoder(nn.Module):
         :param Tensor flat: shape ``(n, in_features)``.
         :returns: shape ``(n, out_features)``.
         """
-        z = (flat - self.loc) / self.scale
+        z = self.standardized(flat)
         if not self.networks:
-            return z
+            return _limited(z)
         parts: list[Tensor] = []
         start = 0
         for i, site in enumerate(self.sites):
             stop = start + site.shape.numel()
             part = z[:, start:stop]
             if str(i) in self.networks:
-                part = self.networks[str(i)](part.reshape(-1, *site.shape))
-            parts.append(part)
+                parts.append(self.networks[str(i)](part.reshape(-1, *site.shape)))
+            else:
+                parts.append(_limited(part))
             start = stop
         return torch.cat(parts, -1)
+
+    def standardized(self, flat: Tensor) -> Tensor:
+        """
+        Observations in units of their spread, an affine map.
+
+        :param Tensor flat: shape ``(n, in_features)``.
+        :returns: of the same shape.
+        """
+        return (flat - self.loc) / self.scale
 
     def warn_if_far(self, flat: Tensor) -> None:
         """
@@ -179,6 +200,26 @@ def flatten_one(observations: Tensor | Mapping[str, Tensor], structure: Structur
             )
         parts.append(value.reshape(-1))
     return torch.cat(parts)
+
+
+def _trimmed_moments(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation by column with outliers moved in; 1 for that of a constant."""
+    rank = 1 + int(_TRIMMED * len(flat))
+    low = flat.kthvalue(rank, 0).values
+    high = flat.kthvalue(len(flat) + 1 - rank, 0).values
+    trimmed = flat.clamp(low, high)
+    # in single precision a constant has a spread of rounding errors
+    smallest = 10 * torch.finfo(flat.dtype).eps * flat.abs().amax(0)
+    # what is constant but for a few runs, as counts of rare events are, varies by these alone
+    is_rare = trimmed.std(0, correction=0) <= smallest
+    trimmed = torch.where(is_rare, flat, trimmed)
+    scale = trimmed.std(0, correction=0)
+    return trimmed.mean(0), torch.where(scale > smallest, scale, torch.ones_like(scale))
+
+
+def _limited(z: Tensor) -> Tensor:
+    """Grow logarithmically beyond the limit, with a continuous slope."""
+    return z.clamp(-_LIMIT, _LIMIT) + z.sign() * (z.abs() - _LIMIT).relu().log1p()
 
 
 def _by_site(

@@ -16,7 +16,7 @@ from .posterior import Posterior
 from .posteriors import FlowPosterior
 from .ratio_estimator import check_num_atoms
 
-__all__ = ["FlowFactory", "NeuralPosteriorEstimator", "default_flow", "initialize_flow"]
+__all__ = ["FlowFactory", "NeuralPosteriorEstimator", "initialize_flow"]
 
 FlowFactory = Callable[[int, int], nn.Module]
 """From the numbers of features and of context features to a module whose call on a context
@@ -37,7 +37,8 @@ class NeuralPosteriorEstimator(ContrastiveEstimator):
     :param model: see :class:`~pyro_ext.infer.contrastive.estimator.ContrastiveEstimator`, as are
         ``observed``, ``latents``, ``nuisance``, ``embedding``, ``vectorize`` and ``max_failed``.
     :param flow: a function of the numbers of latents and of features of an observation, that
-        returns a conditional flow. :class:`~pyro_ext.distributions.NeuralSplineFlow` by default.
+        returns a conditional flow. By default a
+        :class:`~pyro_ext.distributions.NeuralSplineFlow` of two affine and three spline layers.
     :param int num_atoms: number K of parameters in further rounds.
     :param bool combined: whether maximum likelihood goes on beside the classification.
     :param str support: ``"transform"``, or ``"reject"`` for a flow over the latents as they are,
@@ -89,7 +90,7 @@ class NeuralPosteriorEstimator(ContrastiveEstimator):
         )
         self.num_atoms = check_num_atoms(num_atoms)
         self.combined = combined
-        flow = flow or default_flow
+        flow = flow or _default_flow
         self.flow = flow(self.structure.features, self.encoder.out_features)
         self.flow.to(self.structure.device, self.structure.dtype)
 
@@ -126,16 +127,6 @@ class NeuralPosteriorEstimator(ContrastiveEstimator):
         initialize_flow(self.flow, latents)
 
 
-def default_flow(features: int, context_features: int) -> nn.Module:
-    """
-    The flow that estimators use when they are given none.
-
-    :param int features: size of the vectors that it is a density of.
-    :param int context_features: size of what it depends on.
-    """
-    return NeuralSplineFlow(features, context_features, transforms=5, hidden_features=50)
-
-
 @torch.no_grad()
 def initialize_flow(flow: nn.Module, data: Tensor) -> None:
     """
@@ -147,3 +138,22 @@ def initialize_flow(flow: nn.Module, data: Tensor) -> None:
     initialize = getattr(flow, "initialize", None)
     if initialize is not None:
         initialize(data)
+
+
+def _default_flow(features: int, context_features: int) -> nn.Module:
+    """
+    Two affine coupling layers next to the latents, and three of splines.
+
+    The affine ones move and scale the density with the observation, which takes few simulations
+    to learn; splines alone would have to bend for it, and learn more of it by heart. They give
+    the shape that is left.
+    """
+    shape = NeuralSplineFlow(features, context_features, transforms=3, hidden_features=50)
+    return NeuralSplineFlow(
+        features,
+        context_features,
+        transforms=2,
+        spline="affine",
+        hidden_features=50,
+        base=shape,
+    )
