@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import pyro
@@ -25,7 +25,7 @@ from .parameter_store import check_store
 from .prior_scale import prior_loc_scale
 from .query import check_has_query, check_latents, check_num, check_query
 from .sites import constrain, inside_plates, pack, unconstrain, unpack
-from .starts import gaussian_starts
+from .starts import all_starts
 
 __all__ = ["ConditionalPriorGuide"]
 
@@ -259,7 +259,13 @@ class ConditionalPriorGuide(PyroModule):
                 progress=progress,
             )
 
-        result = best_of(self._network(), self._starts(target, noise, num_starts, best_of))
+        def log_joint(latents: Tensor) -> Tensor:
+            latents = self.loc[:, None] + self.scale[:, None] * latents
+            return target.log_joint(latents.transpose(0, 1))
+
+        psi = self.psi.detach().clone()
+        starts = all_starts(self._network(), psi, noise, log_joint, num_starts, best_of)
+        result = best_of(self._network(), starts)
         if bool((result.status == RowStatus.NOT_FINITE).all()):
             raise ValueError(target.why_not_finite(self.loc))
         with torch.no_grad():
@@ -455,39 +461,6 @@ class ConditionalPriorGuide(PyroModule):
         # where the guide is the posterior, and their spread shows how far it is from it.
         log_q = base_distribution(self._base, noise.shape[-1], noise).log_prob(noise)
         return log_joint + log_det.T - log_q[:, None]
-
-    def _starts(
-        self,
-        target: ModelOfLatents,
-        noise: Tensor,
-        num: int | None,
-        best_of: Callable[[RowMap, Iterable[Tensor]], RowsResult],
-    ) -> Iterator[Tensor]:
-        """The present parameters, and Gaussian ones."""
-
-        def log_joint(latents: Tensor) -> Tensor:
-            latents = self.loc[:, None] + self.scale[:, None] * latents
-            return target.log_joint(latents.transpose(0, 1))
-
-        network, psi = self._network(), self.psi.detach().clone()
-        affine = network.affine_end()
-        if num is None:
-            num = 1 if affine is None else 2
-        if affine is network:
-            yield from gaussian_starts(network, psi, noise, log_joint, num)
-            return
-        yield psi
-        if num == 1:
-            return
-        if affine is None:
-            raise ValueError(
-                f"num_starts={num}: this flow does not end in an affine map, by which another "
-                "start could be made. Use num_starts=1."
-            )
-        start = affine.initial(len(psi)).to(psi)
-        gaussian = best_of(affine, gaussian_starts(affine, start, noise, log_joint, num))
-        front = network.initial(len(psi)).to(psi)[:, : -affine.num_parameters]
-        yield torch.cat([front, gaussian.point], -1)
 
     def _network(self) -> RowMap:
         if self.row_map is None:
