@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ __all__ = ["averaged", "update_average"]
 
 
 def update_average(
-    average: dict[str, Tensor] | None, module: nn.Module, decay: float, step: int
+    average: dict[str, Tensor] | None, weights: Mapping[str, Tensor], decay: float, step: int
 ) -> dict[str, Tensor]:
     r"""
     Take the weights of a step into an exponential moving average.
@@ -23,17 +23,17 @@ def update_average(
     so that what the weights were at the start is soon forgotten.
 
     :param average: the average so far, changed in place; ``None`` before the first step.
-    :param nn.Module module: has the weights.
+    :param weights: parameters of the module by name.
     :param float decay: below 1.
     :param int step: steps taken before this one.
     :returns: the average, by the names of the parameters.
     """
-    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
     if average is None:
-        return {name: weight.clone() for name, weight in weights.items()}
+        return {name: weight.detach().clone() for name, weight in weights.items()}
     decay = min(decay, (1 + step) / (10 + step))
-    for name, weight in weights.items():
-        average[name].lerp_(weight, 1 - decay)
+    with torch.no_grad():
+        # one call for all, as their number is what many small ones cost
+        torch._foreach_lerp_([average[name] for name in weights], [*weights.values()], 1 - decay)
     return average
 
 

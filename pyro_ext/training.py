@@ -210,6 +210,10 @@ class _Run:
     random_state: dict[str, Tensor] = field(default_factory=dict)
     is_consistent: bool = True
 
+    def __post_init__(self) -> None:
+        # a walk through all modules at every step would cost as much as the average itself
+        self.weights: dict[str, Tensor] = dict(self.flow.named_parameters())
+
     @property
     def parameter(self) -> Tensor:
         """One of the parameters, for its dtype and device."""
@@ -351,7 +355,7 @@ def _take_step(run: _Run, data: Data, loss: Loss) -> float:
     if is_finite:
         run.optimizer.step()
     if (decay := run.settings.get("ema_decay")) is not None:
-        run.average = update_average(run.average, run.flow, decay, run.step)
+        run.average = update_average(run.average, run.weights, decay, run.step)
     run.skipped_in_a_row = 0 if is_finite else run.skipped_in_a_row + 1
     run.num_skipped += not is_finite
     run.losses.append(value)

@@ -260,7 +260,7 @@ def test_averaged_weights_are_the_mean_of_those_of_the_steps() -> None:
     expected = steps[0]
     for step, weight in enumerate(steps):
         module.mean.data.copy_(weight)
-        average = update_average(average, module, 0.8, step)
+        average = update_average(average, dict(module.named_parameters()), 0.8, step)
         decay = min(0.8, (1 + step) / (10 + step)) if step else 0.0
         expected = decay * expected + (1 - decay) * weight
     assert average is not None
