@@ -62,6 +62,8 @@ class ContrastiveEstimator(nn.Module):
     """The same in further rounds, whose networks know most of what there is to learn."""
     num_minibatches: ClassVar[int] = 10
     """Minibatches of a pass by default, where each has some hundred simulations or more."""
+    patience: ClassVar[int] = 10
+    """Passes without improvement after which a fit stops by default."""
 
     is_standardized: Tensor
     loc: Tensor
@@ -203,7 +205,7 @@ class ContrastiveEstimator(nn.Module):
         learning_rate: float | None = None,
         weight_decay: float = 0.0,
         validation_fraction: float = 0.1,
-        patience: int | None = 10,
+        patience: int | None = None,
         progress: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
         generator: torch.Generator | None = None,
@@ -229,7 +231,8 @@ class ContrastiveEstimator(nn.Module):
             proportion to the number of simulations where there are fewer than a thousand.
         :param float weight_decay: weight of the penalty on squared weights.
         :param float validation_fraction: of the simulations that is held out.
-        :param patience: stop after this many epochs in a row without improvement.
+        :param patience: stop after this many epochs in a row without improvement; when ``None``,
+            after :attr:`patience`.
         :param bool progress: show a progress bar.
         :param checkpoint: path of a file that the state is written to, and resumed from.
         :param generator: draws the minibatches; torch's global generator when ``None``.
@@ -263,7 +266,7 @@ class ContrastiveEstimator(nn.Module):
             learning_rate=self._step_size(num) if learning_rate is None else learning_rate,
             weight_decay=weight_decay,
             evaluate_every=steps_per_epoch,
-            patience=patience,
+            patience=self.patience if patience is None else patience,
             # weights of one step are too noisy to be chosen among, at step sizes like these
             ema_decay=_EMA_DECAY,
             loss=_loss,

@@ -56,6 +56,7 @@ class NeuralRatioEstimator(ContrastiveEstimator):
     """
 
     num_minibatches = 20
+    patience = 20  # what a classifier says of held-out simulations goes up and down
 
     def __init__(
         self,
