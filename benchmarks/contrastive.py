@@ -309,6 +309,8 @@ def picture() -> None:
 
 def _draw_rounds(row: Any, runs: list[dict[str, Any]], task: str, by_atoms: bool = False) -> None:
     """Medians over seeds after every round, and their range."""
+    from matplotlib.ticker import LogLocator
+
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["package"], run["method"], run["atoms"]), []).append(run)
@@ -329,6 +331,8 @@ def _draw_rounds(row: Any, runs: list[dict[str, Any]], task: str, by_atoms: bool
     if exact is not None:
         row[1].axhline(exact, color="0.5", label="exact draws")
     row[3].set_yscale("log")
+    row[3].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    row[3].yaxis.set_major_formatter("{x:g}")
     row[3].yaxis.set_minor_formatter("")
     if not row[0].has_data():
         row[0].text(0.5, 0.5, "no exact draws", ha="center", transform=row[0].transAxes)
