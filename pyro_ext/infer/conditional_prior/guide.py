@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -259,11 +260,7 @@ class ConditionalPriorGuide(PyroModule):
                 progress=progress,
             )
 
-        def log_joint(latents: Tensor) -> Tensor:
-            latents = self.loc[:, None] + self.scale[:, None] * latents
-            return target.log_joint(latents.transpose(0, 1))
-
-        psi = self.psi.detach().clone()
+        psi, log_joint = self.psi.detach().clone(), partial(self._log_joint, target)
         starts = all_starts(self._network(), psi, noise, log_joint, num_starts, best_of)
         result = best_of(self._network(), starts)
         if bool((result.status == RowStatus.NOT_FINITE).all()):
@@ -454,13 +451,17 @@ class ConditionalPriorGuide(PyroModule):
     ) -> Tensor:
         """Theorem 2 for each draw and row: shape ``(draws, rows)``."""
         latents, log_det = row_map.to_latents(noise.expand(len(psi), -1, -1), psi)
-        latents = self.loc[:, None] + self.scale[:, None] * latents
         log_det = log_det + self.scale.log().sum(-1, keepdim=True)
-        log_joint = target.log_joint(latents.transpose(0, 1))
+        log_joint = self._log_joint(target, latents)
         # The entropy of the noise as the average of -log q: so the terms of all draws are equal
         # where the guide is the posterior, and their spread shows how far it is from it.
         log_q = base_distribution(self._base, noise.shape[-1], noise).log_prob(noise)
         return log_joint + log_det.T - log_q[:, None]
+
+    def _log_joint(self, target: ModelOfLatents, latents: Tensor) -> Tensor:
+        """Of what comes out of the network, ``(rows, draws, features)``: ``(draws, rows)``."""
+        latents = self.loc[:, None] + self.scale[:, None] * latents
+        return target.log_joint(latents.transpose(0, 1))
 
     def _network(self) -> RowMap:
         if self.row_map is None:
